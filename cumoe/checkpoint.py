@@ -1,0 +1,250 @@
+"""From one matrix per expert, as checkpoints hold them, to the arrays of a layer's weights.
+
+Owns the payload dtypes and sizes that kernels can read, the allocation of w13, w2 and their scales,
+and their filling: each matrix is rounded or quantised on its own and put straight in its place, so
+no second copy of the layer ever exists; and the way back to float32. ExpertWeights is built on top,
+and unknown here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+
+from cumoe.arrays import (
+    DTYPES,
+    FP8,
+    address,
+    as_native,
+    check_shape,
+    empty,
+    is_device,
+    same_place,
+)
+from cumoe.config import (
+    MAX_NUM_EXPERTS,
+    MAX_SHARED_EXPERTS,
+    Array,
+    Quantized,
+    check_choice,
+    check_int,
+)
+from cumoe.layouts import (
+    BLOCK_BYTES,
+    GATE_UP_ORDERS,
+    WEIGHT_LAYOUTS,
+    GateUpOrder,
+    half_slices,
+    on_device_of,
+    row_view,
+    to_device,
+    words,
+)
+from cumoe.reference.quantize import quantize_fp8_block_weights as quantize_host
+
+WeightRecipe = Literal["bf16", "fp8_block"]
+"""``"bf16"``: bfloat16 weights. ``"fp8_block"``: float8_e4m3fn, a float32 scale per 128 x 128."""
+
+WEIGHT_RECIPES: tuple[str, ...] = get_args(WeightRecipe)
+PAYLOAD_DTYPES = {"bf16": "bfloat16", "fp8_block": FP8}
+SCALE_BLOCK = 128
+ROW_ALIGNMENT_BYTES = 16
+MAX_LOCAL_EXPERTS = MAX_NUM_EXPERTS + MAX_SHARED_EXPERTS
+
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+def num_blocks(size: int) -> int:
+    """Return the blocks of 128 that cover `size`, the last one maybe partial."""
+    return -(-size // SCALE_BLOCK)
+
+
+def check_order(order: str | None, name: str = "gate_up_order") -> GateUpOrder:
+    """Return a known gate/up order or raise; a missing one is explained."""
+    if order is None:
+        raise ValueError(
+            f"{name}: expected one of {list(GATE_UP_ORDERS)}, got None; the order of w13's rows "
+            "decides which half passes through the activation, and no shape tells it"
+        )
+    return cast(GateUpOrder, check_choice(name, order, GATE_UP_ORDERS))
+
+
+def check_sizes(hidden_size: int, intermediate_size: int, dtype: str, layout: str) -> None:
+    """Raise unless kernels can load rows of these sizes in this layout, saying what would work."""
+    row_bytes = BLOCK_BYTES if layout == "block_major_k" else ROW_ALIGNMENT_BYTES
+    granule = row_bytes // DTYPES[dtype].itemsize
+    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        if size < 1 or size % granule:
+            padded = max(1, -(-size // granule)) * granule
+            raise ValueError(
+                f"{name}: expected a positive multiple of {granule} ({row_bytes} bytes of {dtype} "
+                f"with layout {layout!r}), got {size}; zero padding to {padded} would work"
+            )
+
+
+def fill_from_experts(
+    gate: Any,
+    up: Any,
+    down: Any,
+    *,
+    recipe: str,
+    gate_up_order: GateUpOrder,
+    layout: str,
+    num_experts: int | None = None,
+) -> dict[str, Array]:
+    """Return w13, w2 and, if quantised, their scales, filled matrix by matrix.
+
+    The arguments, errors and rounding are those of :meth:`cumoe.ExpertWeights.from_experts`; the
+    keys are its fields.
+    """
+    check_choice("recipe", recipe, WEIGHT_RECIPES)
+    check_choice("layout", layout, WEIGHT_LAYOUTS)
+    order = check_order(gate_up_order)
+    streams = [_Matrices(x, name) for x, name in ((gate, "gate"), (up, "up"), (down, "down"))]
+    count = _agree_on_count(num_experts, streams)
+    arrays: dict[str, Array] = {}
+    for expert in range(count):
+        for stream in streams:
+            matrix = stream.take(expert, count)
+            if not arrays:
+                arrays = _allocate(matrix, count, recipe, layout)
+            _store(arrays, stream.name, expert, matrix, order)
+            # NOTE: an iterator that loads lazily must not find the previous matrix still alive.
+            del matrix
+    for stream in streams:
+        stream.expect_end(count)
+    return arrays
+
+
+class _Matrices:
+    """One matrix per expert, out of a stacked array or any iterable."""
+
+    def __init__(self, x: Any, name: str) -> None:
+        self.name = name
+        if hasattr(x, "shape"):
+            x = as_native(x, name, _FLOATS, ndim=3, contiguous=False)
+        elif not isinstance(x, Iterable):
+            raise TypeError(
+                f"{name}: expected a stacked array or an iterable of matrices, got "
+                f"{type(x).__name__}"
+            )
+        self.count = len(x) if isinstance(x, Sized) else None
+        self._matrices = iter(x)
+
+    def take(self, expert: int, count: int) -> Array:
+        """Return the next expert's matrix as a native array."""
+        try:
+            matrix = next(self._matrices)
+        except StopIteration:
+            raise ValueError(f"{self.name}: expected {count} matrices, got {expert}") from None
+        return as_native(matrix, f"{self.name}[{expert}]", _FLOATS, ndim=2, contiguous=False)
+
+    def expect_end(self, count: int) -> None:
+        """Raise if a matrix is left."""
+        if next(self._matrices, None) is not None:
+            raise ValueError(f"{self.name}: expected {count} matrices, got more")
+
+
+def _agree_on_count(num_experts: int | None, streams: list[_Matrices]) -> int:
+    """Return the one number of experts that everything with a length states."""
+    counts = [("num_experts", num_experts), *((s.name, s.count) for s in streams)]
+    known = [(name, count) for name, count in counts if count is not None]
+    if not known:
+        raise ValueError(
+            "num_experts: expected an int, since gate, up and down are iterators without a length, "
+            "got None"
+        )
+    first, expected = known[0]
+    for name, count in known:
+        check_int(name, count, 1, MAX_LOCAL_EXPERTS)
+        if count != expected:
+            raise ValueError(f"{name}: expected {expected} experts like {first}, got {count}")
+    return expected
+
+
+def _allocate(gate: Array, count: int, recipe: str, layout: str) -> dict[str, Array]:
+    """Allocate the arrays of the result, beside the first gate matrix and by its shape."""
+    size, hidden_size = (int(n) for n in gate.shape)
+    dtype = PAYLOAD_DTYPES[recipe]
+    check_sizes(hidden_size, size, dtype, layout)
+    bk = BLOCK_BYTES // DTYPES[dtype].itemsize
+    arrays = {}
+    for name, m, k in (("w13", 2 * size, hidden_size), ("w2", hidden_size, size)):
+        shape = (count, m, k) if layout == "major_k" else (count, k // bk, m, bk)
+        arrays[name] = empty(gate, shape, dtype)
+    if recipe == "fp8_block":
+        rows, columns = num_blocks(size), num_blocks(hidden_size)
+        arrays["w13_scale"] = empty(gate, (count, 2 * rows, columns), "float32")
+        arrays["w2_scale"] = empty(gate, (count, columns, rows), "float32")
+    return arrays
+
+
+def _store(
+    arrays: dict[str, Array], name: str, expert: int, matrix: Array, order: GateUpOrder
+) -> None:
+    """Round or quantise one matrix and put it in its place."""
+    w13, w2 = arrays["w13"], arrays["w2"]
+    size, hidden_size = int(w13.shape[-2]) // 2, int(w2.shape[-2])
+    label = f"{name}[{expert}]"
+    check_shape(label, matrix, (hidden_size, size) if name == "down" else (size, hidden_size))
+    same_place({"gate[0]": w13, label: matrix})
+    if name == "down":
+        target, rows, scale = w2, slice(None), arrays.get("w2_scale")
+    else:
+        gate_rows, up_rows = half_slices(order, size)
+        target, rows = w13, gate_rows if name == "gate" else up_rows
+        scale = arrays.get("w13_scale")
+        if scale is not None:
+            half = 0 if order.startswith(name) else 1
+            scale = scale.reshape(scale.shape[0], 2, -1, scale.shape[2])[:, half]
+    with on_device_of(matrix):
+        if scale is None:
+            payload = _round_bf16(matrix)
+        else:
+            quantized = _quantize(matrix)
+            payload = quantized.values[0]
+            scale[expert] = quantized.scale[0]
+        place = row_view(target, 1)[expert][rows]
+        place[...] = words(payload).reshape(place.shape)
+
+
+def _round_bf16(matrix: Array) -> Array:
+    bfloat16 = DTYPES["bfloat16"]
+    if matrix.dtype == bfloat16:
+        return matrix
+    with np.errstate(over="ignore"):
+        return matrix.astype(np.float32, copy=False).astype(bfloat16)
+
+
+def _quantize(matrix: Array) -> Quantized:
+    if not is_device(matrix):
+        return quantize_host(matrix[None])
+    import cupy
+
+    from cumoe.quantize import quantize_fp8_block_weights as quantize_device
+
+    matrix = cupy.ascontiguousarray(matrix)
+    if address(matrix) % ROW_ALIGNMENT_BYTES:
+        matrix = matrix.copy()
+    return quantize_device(matrix[None])
+
+
+def widen(x: Array) -> Array:
+    """Return one expert's bf16 or fp8 payload as float32 (m, k), exactly."""
+    bits = words(x)
+    if bits.ndim == 3:
+        bits = bits.transpose(1, 0, 2).reshape(bits.shape[1], -1)
+    if bits.dtype.itemsize == 2:
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    table = np.arange(256, dtype=np.uint8).view(DTYPES[FP8]).astype(np.float32)
+    return (to_device(table) if is_device(bits) else table)[bits]
+
+
+def scale_blocks(matrix: Array, scale: Array) -> None:
+    """Multiply each 128 x 128 block of a float32 matrix by its scale, in place."""
+    with np.errstate(all="ignore"):
+        for i in range(scale.shape[0]):
+            strip = matrix[i * SCALE_BLOCK : (i + 1) * SCALE_BLOCK]
+            strip *= scale[i].repeat(SCALE_BLOCK)[: matrix.shape[1]]

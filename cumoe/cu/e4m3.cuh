@@ -1,0 +1,65 @@
+// fp8 e4m3 (OCP, finite only, largest 448): rounding from fp32 and exact widening to fp16 and fp32.
+// From sm_89 on these are instructions; the integer forms below give the same bits on sm_80 and sm_86.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace cumoe {
+
+constexpr float kE4m3Max = 448.0f;
+constexpr float kMinScale = 1.17549435e-38f;  // smallest normal fp32: no division by zero
+constexpr int kScaleBlock = 128;
+
+/// Rounds fp32 to nearest-even e4m3 in integer arithmetic, saturating at 448; NaN gives 0x7f.
+__device__ __forceinline__ uint32_t e4m3_from_f32_soft(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  const uint32_t sign = (bits >> 24) & 0x80u;
+  const float magnitude = fabsf(x);
+  if (!(magnitude <= 3.402823466e38f) && magnitude != magnitude) return 0x7fu;
+  uint32_t code;
+  if (magnitude < 0.015625f) {
+    // Below 2^-6 the step is 2^-9: adding 2^14, whose last place is 2^-9, rounds to it.
+    code = __float_as_uint(__fadd_rn(magnitude, 16384.0f)) - __float_as_uint(16384.0f);
+  } else {
+    const uint32_t u = __float_as_uint(magnitude);
+    const uint32_t rounded = u + 0x7ffffu + ((u >> 20) & 1u);
+    code = (rounded >> 20) - ((127u - 7u) << 3);
+    if (magnitude >= kE4m3Max || code > 0x7eu) code = 0x7eu;
+  }
+  return sign | code;
+}
+
+/// Widens two e4m3 values to fp16 without the conversion instruction, exactly; 0x7f becomes NaN.
+__device__ __forceinline__ uint32_t f16x2_from_e4m3x2_soft(uint32_t bits) {
+  const uint32_t codes = (bits & 0xffu) | (bits & 0xff00u) << 8;
+  const uint32_t magnitude = codes & 0x007f007fu;
+  // The exponent bias differs by 8: place the bits, then multiply by 2^8 (right for subnormals too).
+  const uint32_t value = ptx::mul_f16x2(magnitude << 7, 0x5c005c00u);
+  const uint32_t is_nan = ((magnitude + 0x00010001u) & 0x00800080u) >> 7;
+  return value | (codes & 0x00800080u) << 8 | is_nan * 0x7fffu;
+}
+
+/// Rounds two fp32 values to e4m3, `low` in bits 0-7.
+__device__ __forceinline__ uint32_t e4m3x2_from_f32(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  return ptx::cvt_e4m3x2_f32(low, high);
+#else
+  return e4m3_from_f32_soft(low) | (e4m3_from_f32_soft(high) << 8);
+#endif
+}
+
+/// Widens the two e4m3 values in bits 0-15 to fp16.
+__device__ __forceinline__ uint32_t f16x2_from_e4m3x2(uint32_t bits) {
+#if __CUDA_ARCH__ >= 890
+  return ptx::cvt_f16x2_e4m3x2(bits);
+#else
+  return f16x2_from_e4m3x2_soft(bits);
+#endif
+}
+
+/// Dequantisation scale of a block whose largest magnitude is `amax`.
+__device__ __forceinline__ float e4m3_scale(float amax) {
+  return fmaxf(__fdiv_rn(amax, kE4m3Max), kMinScale);
+}
+
+}  // namespace cumoe

@@ -1,0 +1,279 @@
+"""Grouped GEMM: every expert's rows times that expert's matrix, with the activation as an epilogue.
+
+:func:`grouped_gemm` is the public op; :func:`plan_gemm` makes its launch for a layer that planned
+its arrays. Rows of the left operand are read where they lie, through the permutation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cumoe import kernels
+from cumoe.arrays import FP8, as_native, dtype_name, empty, is_device, same_place
+from cumoe.config import Activation, Array, Permutation, Quantized, check_choice
+from cumoe.launch import get_device
+from cumoe.layouts import GATE_UP_ORDERS, WEIGHT_LAYOUTS, half_slices
+from cumoe.reference import grouped_gemm as reference
+from cumoe.reference.quantize import dequantize
+from cumoe.tuning import GroupedGemmConfig, GroupedGemmProblem, select_config, why_illegal
+from cumoe.validate import (
+    FLOATS,
+    HALVES,
+    activation_arrays,
+    check_activation,
+    check_aligned,
+    check_multiple,
+    check_out,
+    check_permutation,
+    check_rows,
+    check_type,
+)
+
+
+def grouped_gemm(
+    x: Any,
+    weight: Any,
+    permutation: Permutation,
+    *,
+    gather: bool = True,
+    gate_up_order: str | None = None,
+    activation: Activation | None = None,
+    layout: str = "major_k",
+    out_dtype: str = "bfloat16",
+    out: Any = None,
+    config: GroupedGemmConfig | None = None,
+) -> Array | Quantized:
+    """Multiply each expert's rows by that expert's matrix.
+
+    ``y[i] = x[source(i)] @ weight[e(i)].T`` for the valid rows i of the permutation, where
+    ``source(i)`` is ``token_idx[i]`` with `gather` and i without. With `gate_up_order` the matrix
+    holds gate and up rows and ``y[i] = act(x[source(i)] @ gate.T, x[source(i)] @ up.T)``.
+
+    Parameters
+    ----------
+    x : array, bfloat16 or float16, shape (num_tokens or max_rows, k), C-contiguous, or Quantized
+        A row is a multiple of 16 bytes.
+    weight : array, dtype of x, shape (num_local_experts, n, k), or Quantized with 128 x 128 blocks
+        C-contiguous; in ``"block_major_k"`` ``(num_local_experts, k / bk, n, bk)`` with ``bk`` the
+        elements of 128 bytes. ``n`` is a multiple of 8. Scales of a gate-and-up matrix are in
+        halves as :class:`ExpertWeights` says.
+    permutation : Permutation
+        From :func:`group`; on a device its ``tile`` must be a height the kernels have: 16, 32, 64,
+        or 128 for 16-bit types.
+    gather : bool
+        Rows of x are tokens rather than permuted rows.
+    gate_up_order : {"gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved"}, optional
+        Applies the activation; the result then has ``n / 2`` columns.
+    activation : Activation, optional
+        With `gate_up_order`; by default plain SwiGLU.
+    layout : {"major_k", "block_major_k"}
+    out_dtype : {"bfloat16", "float16", "float32", "float8_e4m3fn"}
+        ``"float8_e4m3fn"`` (with `gate_up_order`) requantises with one scale per row and 128
+        columns.
+    out : array or Quantized, optional
+    config : GroupedGemmConfig, optional
+        Overrides :func:`cumoe.tuning.select_config`.
+
+    Returns
+    -------
+    array or Quantized, ``max_rows`` rows
+        Padding rows are undefined.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type, dtype, shape, strides or place, or no kernel can run it.
+
+    Notes
+    -----
+    float32 accumulation; fp8 products are summed per 128 of k, then scaled and added; one rounding
+    at the end. Bitwise repeatable. Queued on the current stream.
+
+    References
+    ----------
+    PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+    """
+    permutation = check_permutation(permutation)
+    check_choice("layout", layout, WEIGHT_LAYOUTS)
+    check_choice("out_dtype", out_dtype, (*FLOATS, FP8))
+    check_type("gather", gather, bool, "a bool")
+    if gate_up_order is not None:
+        check_choice("gate_up_order", gate_up_order, GATE_UP_ORDERS)
+    elif activation is not None:
+        raise ValueError("activation: expected None without gate_up_order")
+    elif out_dtype == FP8:
+        raise ValueError("out_dtype: 'float8_e4m3fn' needs gate_up_order, got None")
+    a, a_scale = check_rows(x, "x", HALVES)
+    num_local = permutation.tokens_per_expert.shape[0]
+    operand = _check_weight(weight, a, a_scale, num_local, layout, gate_up_order)
+    if not gather and a.shape[0] != permutation.max_rows:
+        raise ValueError(f"x: expected {permutation.max_rows} permuted rows, got {a.shape[0]}")
+    act = check_activation(activation, num_local)
+    inputs: dict[str, Array | None] = {
+        "x": a,
+        "x.scale": a_scale,
+        "weight": operand.values,
+        "weight.scale": operand.scale,
+        "permutation": permutation.token_idx,
+        **activation_arrays(act),
+    }
+    same_place(inputs)
+    n = operand.num_rows // (1 if gate_up_order is None else 2)
+    shape = (permutation.max_rows, n)
+    problem = GroupedGemmProblem(
+        FP8 if a_scale is not None else dtype_name(a),
+        out_dtype,
+        gate_up_order is not None,
+        gather,
+        permutation.tile,
+    )
+    if is_device(a):
+        config = _check_config(config, problem, get_device(a.device.id).max_smem_bytes)
+    y, y_scale = _outputs(a, out, out_dtype, shape, inputs)
+    check_aligned({"x": a, "weight": operand.values, "out": y})
+    if is_device(a):
+        assert config is not None
+        if y.size:
+            launch = plan_gemm(a, a_scale, operand, y, y_scale, permutation, problem, config, act)
+            kernels.run([launch], a)
+    else:
+        result = _on_host(a, a_scale, operand, permutation, act, problem, n)
+        if isinstance(result, Quantized):
+            assert y_scale is not None
+            y[...], y_scale[...] = result.values, result.scale
+        else:
+            y[...] = result
+    if out is not None:
+        return out
+    return y if y_scale is None else Quantized(y, y_scale)
+
+
+plan_gemm = kernels.grouped_gemm
+
+
+def _check_config(
+    config: GroupedGemmConfig | None, problem: GroupedGemmProblem, smem_limit: int
+) -> GroupedGemmConfig:
+    if config is None:
+        return select_config(problem, smem_limit)
+    check_type("config", config, GroupedGemmConfig, "a GroupedGemmConfig or None")
+    reason = why_illegal(config, problem, smem_limit)
+    if reason is not None:
+        raise ValueError(f"config: {reason}")
+    return config
+
+
+def _check_weight(
+    weight: Any,
+    a: Array,
+    a_scale: Array | None,
+    num_local: int,
+    layout: str,
+    gate_up_order: str | None,
+) -> kernels.GemmOperand:
+    """Return the weight as the kernel addresses it, checked against the left operand."""
+    if (a_scale is not None) != isinstance(weight, Quantized):
+        left = "Quantized" if a_scale is not None else dtype_name(a)
+        raise TypeError(
+            "weight: expected a Quantized exactly when x is one, got "
+            f"{type(weight).__name__} with x {left}"
+        )
+    payload = weight.values if isinstance(weight, Quantized) else weight
+    dtype = FP8 if a_scale is not None else dtype_name(a)
+    block_major = layout == "block_major_k"
+    values = as_native(payload, "weight", (dtype,), ndim=4 if block_major else 3)
+    k = a.shape[1]
+    if block_major:
+        block = 128 // values.dtype.itemsize
+        num_rows, got_k = values.shape[2], values.shape[1] * values.shape[3]
+        if values.shape[3] != block:
+            raise ValueError(f"weight: expected blocks of {block} elements, got {values.shape[3]}")
+    else:
+        num_rows, got_k = values.shape[1:]
+    if got_k != k:
+        raise ValueError(f"weight: expected k = {k} like x, got {got_k}")
+    if values.shape[0] != num_local:
+        raise ValueError(
+            f"weight: expected {num_local} experts like the permutation, got {values.shape[0]}"
+        )
+    check_multiple("weight", "k", k, 16 // values.dtype.itemsize)
+    gated = gate_up_order is not None
+    check_multiple("weight", "n", num_rows, 16 if gated else 8)
+    scale = None
+    if isinstance(weight, Quantized):
+        if weight.block != (128, 128):
+            raise ValueError(f"weight.block: expected (128, 128), got {weight.block}")
+        rows = 2 * kernels.blocks(num_rows // 2) if gated else kernels.blocks(num_rows)
+        scale = as_native(
+            weight.scale, "weight.scale", ("float32",), shape=(num_local, rows, kernels.blocks(k))
+        )
+    return kernels.GemmOperand(values, scale, num_rows, k, block_major, gate_up_order)
+
+
+def _outputs(
+    a: Array,
+    out: Any,
+    out_dtype: str,
+    shape: tuple[int, int],
+    inputs: dict[str, Array | None],
+) -> tuple[Array, Array | None]:
+    """Allocate the result beside `a`, or check the caller's."""
+    scale_shape = (shape[0], kernels.blocks(shape[1]))
+    if out_dtype != FP8:
+        if out is None:
+            return empty(a, shape, out_dtype), None
+        return check_out(out, "out", (out_dtype,), shape, inputs), None
+    if out is None:
+        return empty(a, shape, FP8), empty(a, scale_shape, "float32")
+    check_type("out", out, Quantized, "a Quantized for out_dtype 'float8_e4m3fn'")
+    return (
+        check_out(out.values, "out.values", (FP8,), shape, inputs),
+        check_out(out.scale, "out.scale", ("float32",), scale_shape, inputs, contiguous=False),
+    )
+
+
+def _on_host(
+    a: Array,
+    a_scale: Array | None,
+    operand: kernels.GemmOperand,
+    permutation: Permutation,
+    activation: Activation,
+    problem: GroupedGemmProblem,
+    n: int,
+) -> Array | Quantized:
+    """Run the twin: float32 products of the dequantised operands."""
+    wide = dequantize(Quantized(a, a_scale)) if a_scale is not None else a.astype(np.float32)
+
+    def matrix(expert: int) -> Array:
+        w = operand.values[expert]
+        if operand.block_major:
+            w = np.ascontiguousarray(w.transpose(1, 0, 2)).reshape(operand.num_rows, operand.k)
+        return w
+
+    def natural(expert: int) -> Array:
+        if operand.scale is None:
+            return matrix(expert).astype(np.float32)
+        q = Quantized(matrix(expert)[None], operand.scale[expert][None], block=(128, 128))
+        return dequantize(q)[0]
+
+    def gate_up(expert: int) -> tuple[Array, Array]:
+        order, rows = str(operand.gate_up_order), kernels.blocks(n)
+        parts = [np.ascontiguousarray(matrix(expert)[half]) for half in half_slices(order, n)]
+        if operand.scale is None:
+            return parts[0].astype(np.float32), parts[1].astype(np.float32)
+        scales = [operand.scale[expert, :rows], operand.scale[expert, rows:]]
+        if not order.startswith("gate"):
+            scales.reverse()
+        gate, up = (
+            dequantize(Quantized(part[None], scale[None], block=(128, 128)))[0]
+            for part, scale in zip(parts, scales, strict=True)
+        )
+        return gate, up
+
+    if problem.gated:
+        y = reference.gated_gemm(wide, permutation, gate_up, n, activation, gather=problem.gather)
+    else:
+        y = reference.grouped_gemm(wide, permutation, natural, n, gather=problem.gather)
+    return reference.round_rows(y, problem.output_dtype)

@@ -1,0 +1,480 @@
+"""The host side of every kernel: parameter structs, compile-time constants and launches.
+
+One function makes a :class:`Launch` from arrays that an op has already checked; the parameter
+structs are in ``params.py``. Nothing here validates or allocates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cumoe.arrays import address, dtype_name, place_of
+from cumoe.config import Activation, Array, Permutation, Routing, RoutingMethod
+from cumoe.launch import (
+    Device,
+    KernelSpec,
+    LaunchConfig,
+    PreparedLaunch,
+    get_device,
+    get_kernel,
+)
+from cumoe.params import PARAMS
+from cumoe.tuning import GroupedGemmConfig, GroupedGemmProblem, smem_bytes
+
+TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3, "uint8": 3}
+"""The DataType enum of types.cuh, by dtype name; a device holds fp8 as uint8."""
+
+METHODS = {method: number for number, method in enumerate(RoutingMethod)}
+METHODS[RoutingMethod.RENORMALIZE_NAIVE] = METHODS[RoutingMethod.RENORMALIZE]
+
+SCALE_BLOCK = 128
+CHUNK_SLOTS = 512  # kChunkSlots of experts.cuh
+ROUTING_WARPS = 4
+PLACE_WARPS = 4
+
+
+@dataclass
+class Launch:
+    """A kernel with its grid and parameters; parameters may be changed between runs."""
+
+    spec: KernelSpec
+    config: LaunchConfig
+    params: np.ndarray
+    _prepared: PreparedLaunch | None = None
+
+    def run(self, device: Device, stream_ptr: int) -> None:
+        """Queue the launch on a stream of the device, which is current."""
+        if self._prepared is None:
+            config = self.config
+            if device.compute_capability < (9, 0):
+                config = replace(config, programmatic=False)
+            kernel = get_kernel(self.spec, device)
+            self._prepared = PreparedLaunch(kernel, config, self.params, device)
+        self._prepared.run(stream_ptr)
+
+
+def make(
+    spec: KernelSpec,
+    grid: tuple[int, int, int],
+    block: int,
+    *,
+    smem_bytes: int = 0,
+    **fields: Any,
+) -> Launch:
+    """Fill a kernel's parameter struct: arrays become addresses, dicts nested structs."""
+    params = np.zeros((), PARAMS[spec.name])
+    _fill(params, fields)
+    # Programmatic launch hides the launch latency; every kernel waits for its inputs itself.
+    config = LaunchConfig(grid, (block, 1, 1), smem_bytes=smem_bytes, programmatic=True)
+    return Launch(spec, config, params)
+
+
+def _fill(params: np.ndarray, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _fill(params[name], value)
+        elif value is None or hasattr(value, "shape") and value.ndim > 0:
+            params[name] = address(value)
+        else:
+            params[name] = value
+
+
+def run(launches: Iterable[Launch], like: Array) -> None:
+    """Queue the launches on CuPy's current stream of the device that holds `like`."""
+    import cupy
+
+    ordinal = int(place_of(like).removeprefix("cuda:"))
+    device = get_device(ordinal)
+    with cupy.cuda.Device(ordinal):
+        stream = cupy.cuda.get_current_stream().ptr
+        for item in launches:
+            item.run(device, stream)
+
+
+def blocks(n: int) -> int:
+    """Return how many 128-wide scale blocks cover `n` columns."""
+    return -(-n // SCALE_BLOCK)
+
+
+def _strides(scale: Array | None) -> tuple[int, int]:
+    """Return a 2-D float32 array's strides in elements."""
+    return (0, 0) if scale is None else (scale.strides[0] // 4, scale.strides[1] // 4)
+
+
+def activation_fields(activation: Activation) -> dict[str, Any]:
+    """Return the ActivationParams of activation.cuh."""
+    fields: dict[str, Any] = {}
+    for name, default in (("alpha", 1.0), ("beta", 0.0), ("limit", math.inf)):
+        value = getattr(activation, name)
+        if value is not None and hasattr(value, "shape"):
+            fields[name] = {"values": value}
+        else:
+            fields[name] = {"value": default if value is None else value}
+    return fields
+
+
+def routing_spec(routing: Routing, logits_dtype: str, bias_dtype: str | None) -> KernelSpec:
+    """Return the routing kernel for a method, its sizes and the dtypes of logits and bias."""
+    grouped = routing.num_groups > 1 and routing.method is RoutingMethod.DEEPSEEK_V3
+    biased = routing.method in (RoutingMethod.DEEPSEEK_V3, RoutingMethod.MINIMAX2)
+    has_bias = biased and bias_dtype is not None
+    return KernelSpec(
+        "routing_topk",
+        (
+            ("METHOD", METHODS[RoutingMethod(routing.method)]),
+            ("NUM_EXPERTS", routing.num_experts),
+            ("TOP_K", routing.top_k),
+            ("NUM_GROUPS", routing.num_groups if grouped else 1),
+            ("TOP_GROUPS", routing.top_groups if grouped else 1),
+            ("NUM_SHARED_EXPERTS", routing.num_shared_experts),
+            ("LOGITS_TYPE", TYPES[logits_dtype]),
+            ("BIAS_TYPE", TYPES[str(bias_dtype)] if has_bias else -1),
+            ("BIAS_ROUND_BF16", int(has_bias and routing.bias_round_bf16)),
+            ("WEIGHTS_TYPE", TYPES[routing.weights_dtype]),
+            ("NORMALIZE", int(routing.normalize is not False)),
+            ("WARPS_PER_BLOCK", ROUTING_WARPS),
+        ),
+    )
+
+
+def routing_topk(
+    logits: Array,
+    bias: Array | None,
+    ids: Array,
+    weights: Array,
+    replay: Array | None,
+    routing: Routing,
+) -> Launch:
+    """Launch for expert ids and weights from logits."""
+    num_tokens = logits.shape[0]
+    spec = routing_spec(routing, dtype_name(logits), None if bias is None else dtype_name(bias))
+    return make(
+        spec,
+        (-(-num_tokens // ROUTING_WARPS), 1, 1),
+        ROUTING_WARPS * 32,
+        logits=logits,
+        bias=bias,
+        ids=ids,
+        weights=weights,
+        replay=replay,
+        num_tokens=num_tokens,
+        scaling_factor=routing.scaling_factor,
+    )
+
+
+def topk_expand(
+    ids_in: Array, weights_in: Array | None, ids: Array, weights: Array, num_experts: int
+) -> Launch:
+    """Launch that unpacks given routing and appends the shared experts' columns."""
+    num_tokens, top_k = ids_in.shape
+    spec = KernelSpec(
+        "topk_expand",
+        (
+            ("PACKED", int(weights_in is None)),
+            ("WEIGHTS_IN", 0 if weights_in is None else TYPES[dtype_name(weights_in)]),
+            ("WEIGHTS_OUT", TYPES[dtype_name(weights)]),
+        ),
+    )
+    return make(
+        spec,
+        (-(-ids.size // 256), 1, 1),
+        256,
+        ids_in=ids_in,
+        weights_in=weights_in,
+        ids=ids,
+        weights=weights,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_shared=ids.shape[1] - top_k,
+        num_experts=num_experts,
+    )
+
+
+def num_chunks(num_slots: int) -> int:
+    """Return how many chunks the permutation kernels cut the slots into, at least 1."""
+    return max(1, -(-num_slots // CHUNK_SLOTS))
+
+
+def permute(
+    ids: Array, permutation: Permutation, chunk_counts: Array, experts: dict[str, int]
+) -> list[Launch]:
+    """Launches that fill a permutation; `experts` are the fields of ExpertRange."""
+    num_slots, columns = ids.size, ids.shape[1]
+    chunks = num_chunks(num_slots)
+    num_local = permutation.tokens_per_expert.shape[0]
+    tables = permutation._asdict()
+    count = make(
+        KernelSpec("permute_count"),
+        (chunks, 1, 1),
+        128,
+        smem_bytes=4 * num_local,
+        ids=ids,
+        chunk_counts=chunk_counts,
+        num_slots=num_slots,
+        columns=columns,
+        experts=experts,
+    )
+    scan_tables = ("tokens_per_expert", "expert_offsets", "num_tiles")
+    scan = make(
+        KernelSpec("permute_scan"),
+        (1, 1, 1),
+        1024,
+        smem_bytes=4 * num_local,
+        chunk_counts=chunk_counts,
+        num_chunks=chunks,
+        num_local=num_local,
+        tile=permutation.tile,
+        **{name: tables[name] for name in scan_tables},
+    )
+    place_tables = (
+        "tokens_per_expert",
+        "expert_offsets",
+        "permuted_idx",
+        "token_idx",
+        "tile_expert",
+        "tile_row_end",
+    )
+    place = make(
+        KernelSpec("permute_place", (("WARPS_PER_BLOCK", PLACE_WARPS),)),
+        (-(-chunks // PLACE_WARPS), 1, 1),
+        PLACE_WARPS * 32,
+        smem_bytes=4 * num_local * PLACE_WARPS,
+        ids=ids,
+        chunk_counts=chunk_counts,
+        num_slots=num_slots,
+        columns=columns,
+        num_chunks=chunks,
+        max_tiles=permutation.max_tiles,
+        tile=permutation.tile,
+        experts=experts,
+        **{name: tables[name] for name in place_tables},
+    )
+    return [count, scan, place]
+
+
+def quantize_fp8_block(x: Array, values: Array, scale: Array) -> Launch:
+    """Launch for 1 x 128 quantisation of a 2-D array."""
+    num_rows, num_columns = x.shape
+    units = num_rows * blocks(num_columns)
+    row_stride, block_stride = _strides(scale)
+    return make(
+        KernelSpec("quantize_fp8_block", (("INPUT_TYPE", TYPES[dtype_name(x)]),)),
+        (-(-units // 16), 1, 1),
+        256,
+        x=x,
+        values=values,
+        scale=scale,
+        scale_row_stride=row_stride,
+        scale_block_stride=block_stride,
+        num_rows=num_rows,
+        num_columns=num_columns,
+        num_blocks=blocks(num_columns),
+    )
+
+
+def quantize_fp8_weights(w: Array, values: Array, scale: Array) -> Launch:
+    """Launch for 128 x 128 quantisation of (num_experts, n, k) matrices."""
+    num_experts, n, k = w.shape
+    return make(
+        KernelSpec("quantize_fp8_weights", (("INPUT_TYPE", TYPES[dtype_name(w)]),)),
+        (blocks(k), blocks(n), num_experts),
+        256,
+        w=w,
+        values=values,
+        scale=scale,
+        input_expert_stride=n * k,
+        values_expert_stride=n * k,
+        scale_expert_stride=blocks(n) * blocks(k),
+        n=n,
+        k=k,
+    )
+
+
+def swiglu(
+    x: Array,
+    x_scale: Array | None,
+    y: Array,
+    y_scale: Array | None,
+    *,
+    gate_first: bool,
+    interleaved: bool,
+    activation: Activation,
+    permutation: Permutation | None,
+) -> Launch:
+    """Launch for the activation of (num_rows, 2 * intermediate_size)."""
+    num_rows, width = x.shape
+    intermediate_size = width // 2
+    spec = KernelSpec(
+        "swiglu",
+        (
+            ("INPUT_TYPE", TYPES[dtype_name(x)]),
+            ("OUTPUT_TYPE", TYPES[dtype_name(y)]),
+            ("INTERLEAVED", int(interleaved)),
+        ),
+    )
+    units = num_rows * blocks(intermediate_size)
+    x_row, x_block = _strides(x_scale)
+    y_row, y_block = _strides(y_scale)
+    per_expert: dict[str, Any] = {}
+    if permutation is not None:
+        per_expert = {
+            "expert_offsets": permutation.expert_offsets,
+            "token_idx": permutation.token_idx,
+            "num_local": permutation.tokens_per_expert.shape[0],
+        }
+    return make(
+        spec,
+        (min(-(-units // 16), 1 << 16), 1, 1),
+        256,
+        x=x,
+        x_scale=x_scale,
+        y=y,
+        y_scale=y_scale,
+        x_scale_row_stride=x_row,
+        x_scale_block_stride=x_block,
+        y_scale_row_stride=y_row,
+        y_scale_block_stride=y_block,
+        num_rows=num_rows,
+        intermediate_size=intermediate_size,
+        num_blocks=blocks(intermediate_size),
+        gate_first=int(gate_first),
+        activation=activation_fields(activation),
+        **per_expert,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class GemmOperand:
+    """A grouped GEMM's weight as the kernel addresses it.
+
+    Parameters
+    ----------
+    values : array, ``(num_local, num_rows, k)`` or, block-major, ``(num_local, k / bk, num_rows,
+    bk)`` scale : array or None, ``(num_local, scale_rows, blocks(k))``
+    num_rows, k : int
+    block_major : bool
+    gate_up_order : str or None
+        Given when the rows are gate and up; scales are then in halves (see ExpertWeights).
+    """
+
+    values: Array
+    scale: Array | None
+    num_rows: int
+    k: int
+    block_major: bool
+    gate_up_order: str | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return the ``b`` fields of the parameters."""
+        row_bytes = self.k * self.values.dtype.itemsize
+        order = self.gate_up_order
+        fields: dict[str, Any] = {
+            "b": self.values,
+            "b_scale": self.scale,
+            "b_expert_bytes": self.num_rows * row_bytes,
+            "b_row_bytes": 128 if self.block_major else row_bytes,
+            "b_block_bytes": 128 * self.num_rows if self.block_major else 128,
+            "b_scale_rows": blocks(self.num_rows),
+            "row_step": 1,
+            "k_bytes": row_bytes,
+        }
+        if order is not None:
+            half = self.num_rows // 2
+            interleaved, gate_first = order.endswith("interleaved"), order.startswith("gate")
+            second = 1 if interleaved else half
+            fields |= {
+                "row_step": 2 if interleaved else 1,
+                "first_row": 0 if gate_first else second,
+                "up_row": second if gate_first else 0,
+                "b_scale_rows": 2 * blocks(half),
+                "gate_scale_row": 0 if gate_first else blocks(half),
+                "up_scale_row": blocks(half) if gate_first else 0,
+            }
+        return fields
+
+
+def grouped_gemm_spec(problem: GroupedGemmProblem, config: GroupedGemmConfig) -> KernelSpec:
+    """Return the portable grouped GEMM for a problem and a configuration."""
+    return KernelSpec(
+        "sm80_grouped_gemm",
+        (
+            ("TYPE", TYPES[problem.dtype]),
+            ("OUTPUT_TYPE", TYPES[problem.output_dtype]),
+            ("GATED", int(problem.gated)),
+            ("GATHER", int(problem.gather)),
+            ("BLOCK_M", config.block_m),
+            ("BLOCK_N", config.block_n),
+            ("NUM_STAGES", config.num_stages),
+            ("WARPS_M", config.warps_m),
+            ("WARPS_N", config.warps_n),
+        ),
+    )
+
+
+def grouped_gemm(
+    a: Array,
+    a_scale: Array | None,
+    operand: GemmOperand,
+    out: Array,
+    out_scale: Array | None,
+    permutation: Permutation,
+    problem: GroupedGemmProblem,
+    config: GroupedGemmConfig,
+    activation: Activation,
+) -> Launch:
+    """Launch for ``out[i] = epilogue(a[source(i)] @ w[e(i)].T)``."""
+    n = out.shape[1]
+    column_tiles = -(-n // config.block_n)
+    a_row, a_block = _strides(a_scale)
+    out_row, out_block = _strides(out_scale)
+    return make(
+        grouped_gemm_spec(problem, config),
+        (permutation.max_tiles * column_tiles, 1, 1),
+        config.num_threads,
+        smem_bytes=smem_bytes(config, problem),
+        a=a,
+        a_scale=a_scale,
+        out=out,
+        out_scale=out_scale,
+        token_idx=permutation.token_idx,
+        tile_expert=permutation.tile_expert,
+        tile_row_end=permutation.tile_row_end,
+        num_tiles=permutation.num_tiles,
+        a_scale_row_stride=a_row,
+        a_scale_block_stride=a_block,
+        out_scale_row_stride=out_row,
+        out_scale_block_stride=out_block,
+        n=n,
+        num_column_tiles=column_tiles,
+        activation=activation_fields(activation),
+        **operand.fields(),
+    )
+
+
+def finalize(rows: Array, weights: Array, permuted_idx: Array, out: Array) -> Launch:
+    """Launch for the weighted sum of each token's rows."""
+    num_tokens, hidden_size = out.shape
+    spec = KernelSpec(
+        "finalize",
+        (
+            ("ROWS_TYPE", TYPES[dtype_name(rows)]),
+            ("WEIGHTS_TYPE", TYPES[dtype_name(weights)]),
+            ("OUTPUT_TYPE", TYPES[dtype_name(out)]),
+        ),
+    )
+    return make(
+        spec,
+        (num_tokens, -(-hidden_size // (256 * 8)), 1),
+        256,
+        rows=rows,
+        weights=weights,
+        permuted_idx=permuted_idx,
+        out=out,
+        columns=permuted_idx.shape[1],
+        hidden_size=hidden_size,
+    )

@@ -1,0 +1,496 @@
+"""The expert layer: :func:`moe` from logits, :func:`routed_moe` from given routing,
+:class:`MoELayer` planned.
+
+All three check their arguments here, once, and then run either the NumPy twin or a
+:class:`~cumoe.plan.DevicePlan`. A planned call allocates nothing, never synchronises, and can be
+captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from cumoe import kernels
+from cumoe.arrays import as_native, check_no_overlap, empty, same_place
+from cumoe.config import (
+    MAX_NUM_EXPERTS,
+    MAX_SHARED_EXPERTS,
+    MAX_TOP_K,
+    Activation,
+    Array,
+    ExpertParts,
+    ExpertShard,
+    PackedTopK,
+    Routing,
+    TopK,
+    check_int,
+    max_tiles,
+)
+from cumoe.launch import get_device, get_kernel
+from cumoe.plan import DevicePlan, LayerCall, LayerSpec, Workspace, expert_buffers, gemm_configs
+from cumoe.reference import finalize as reference_finalize
+from cumoe.reference import moe as reference
+from cumoe.reference import routing as reference_routing
+from cumoe.routing import check_logits
+from cumoe.tuning import tiles
+from cumoe.validate import (
+    FLOATS,
+    activation_arrays,
+    check_activation,
+    check_aligned,
+    check_out,
+    check_rows,
+    check_shard,
+    check_topk,
+    check_type,
+)
+from cumoe.weights import ExpertWeights
+
+MAX_PLANS = 256  # plans a layer keeps; the least recently used goes first
+
+
+def moe(
+    x: Any,
+    logits: Any,
+    weights: ExpertWeights,
+    *,
+    routing: Routing,
+    bias: Any = None,
+    shard: ExpertShard | None = None,
+    activation: Activation | None = None,
+    finalize: bool = True,
+    out: Any = None,
+    replay_out: Any = None,
+) -> Array | ExpertParts:
+    """Run a mixture-of-experts layer from router logits.
+
+    ``out[t] = sum over k of weight[t, k] * w2[e] @ act(gate[e] @ x[t], up[e] @ x[t])`` with
+    ``e = ids[t, k]`` chosen by :func:`route`; shared experts take part with weight 1.
+
+    Parameters
+    ----------
+    x : array, shape (num_tokens, hidden_size), C-contiguous, or Quantized
+        bfloat16 for bfloat16 weights; bfloat16, float16, float32 or Quantized for fp8 weights.
+    logits : array, float32 or bfloat16, shape (num_tokens, num_experts)
+    weights : ExpertWeights
+        The experts of `shard`, then the shared experts.
+    routing : Routing
+    bias : array, float32 or bfloat16, shape (num_experts,), optional
+    shard : ExpertShard, optional
+        The experts held here, by default all. The result is then this rank's part of the sum.
+    activation : Activation, optional
+        By default plain SwiGLU.
+    finalize : bool
+        False returns the rows before the weighted sum.
+    out : array, bfloat16, float16 or float32, shape (num_tokens, hidden_size), optional
+        By default a new bfloat16 array.
+    replay_out : array, int16, shape (at least num_tokens, top_k), optional
+        Receives the chosen ids.
+
+    Returns
+    -------
+    array or ExpertParts
+        `out` if it was given; otherwise a NumPy or CuPy array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type, dtype, shape, strides or place, or sizes disagree.
+
+    Notes
+    -----
+    Accumulates in float32. Rounding points: fp8 recipe: x to fp8 (1 x 128), the activation's result
+    to fp8 (1 x 128), rows and result to bfloat16; bf16 recipe: the activation's result, rows and
+    result to bfloat16. Bitwise repeatable. Queued on CuPy's current stream, no host
+    synchronisation.
+    """
+    layer = _check_layer(weights, routing, shard, activation, None, 0)
+    call = _check_call(layer, x, logits, None, bias, finalize, out, replay_out)
+    return _run(layer, call, finalize, out)
+
+
+def routed_moe(
+    x: Any,
+    topk: TopK | PackedTopK,
+    weights: ExpertWeights,
+    *,
+    num_experts: int | None = None,
+    num_shared_experts: int = 0,
+    shard: ExpertShard | None = None,
+    activation: Activation | None = None,
+    finalize: bool = True,
+    out: Any = None,
+) -> Array | ExpertParts:
+    """Run a mixture-of-experts layer with routing decided elsewhere.
+
+    Parameters
+    ----------
+    x : array, shape (num_tokens, hidden_size), C-contiguous, or Quantized
+        As in :func:`moe`.
+    topk : TopK or PackedTopK
+        Global ids and weights; the weights are used as they are. An id that is no routed expert
+        held here contributes nothing.
+    weights : ExpertWeights
+        The experts of `shard`, then the shared experts.
+    num_experts : int, optional
+        Routed experts over all ranks; by default those of `weights`. Required with a shard.
+    num_shared_experts : int
+        How many of the last experts of `weights` are shared: every token uses them with weight 1,
+        beside the given columns.
+    shard, activation, finalize, out
+        As in :func:`moe`.
+
+    Returns
+    -------
+    array or ExpertParts
+        As :func:`moe`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`moe`.
+
+    Notes
+    -----
+    As :func:`moe`; with the ids and weights that :func:`route` returns the result has the same
+    bits.
+    """
+    layer = _check_layer(weights, None, shard, activation, num_experts, num_shared_experts)
+    call = _check_call(layer, x, None, topk, None, finalize, out, None)
+    return _run(layer, call, finalize, out)
+
+
+class MoELayer:
+    """A layer planned for up to `max_num_tokens` tokens: no allocation and no synchronisation in a
+    call.
+
+    Parameters
+    ----------
+    weights : ExpertWeights
+    routing : Routing, optional
+        Needed to call the layer with logits.
+    max_num_tokens : int
+        Most tokens of a call, at least 1.
+    bias : array, float32 or bfloat16, shape (num_experts,), optional
+        The router's selection bias.
+    shard, activation
+        As in :func:`moe`.
+    num_experts, num_shared_experts
+        As in :func:`routed_moe`; only without `routing`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the parts do not fit together.
+
+    Notes
+    -----
+    Calls share one workspace, so they must be ordered on one stream. The first call with a new
+    number of tokens plans it and loads kernels; make it before a graph capture, or call
+    :meth:`warmup`. A captured graph stays valid as long as the layer lives.
+    """
+
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        routing: Routing | None = None,
+        *,
+        max_num_tokens: int,
+        bias: Any = None,
+        shard: ExpertShard | None = None,
+        activation: Activation | None = None,
+        num_experts: int | None = None,
+        num_shared_experts: int = 0,
+    ) -> None:
+        self._spec = _check_layer(
+            weights, routing, shard, activation, num_experts, num_shared_experts
+        )
+        self.max_num_tokens = check_int("max_num_tokens", max_num_tokens, 1)
+        if bias is not None:
+            if routing is None:
+                raise ValueError("bias: expected None without routing")
+            bias = as_native(bias, "bias", ("float32", "bfloat16"), shape=(routing.num_experts,))
+            same_place({"weights": weights.w13, "bias": bias})
+        self._bias = bias
+        self._plans: OrderedDict[tuple[Any, ...], DevicePlan] = OrderedDict()
+        self._workspace: Workspace | None = None
+        if weights.is_device:
+            self._workspace = Workspace(weights.w13)
+            self._reserve()
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The layer's weights."""
+        return self._spec.weights
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory the layer holds beside its weights."""
+        return 0 if self._workspace is None else self._workspace.nbytes
+
+    def __call__(
+        self,
+        x: Any,
+        logits: Any = None,
+        *,
+        topk: TopK | PackedTopK | None = None,
+        finalize: bool = True,
+        out: Any = None,
+        replay_out: Any = None,
+    ) -> Array | ExpertParts:
+        """Run the layer; see :func:`moe` (with `logits`) and :func:`routed_moe` (with `topk`).
+
+        Parameters
+        ----------
+        x, logits, topk, finalize, out, replay_out
+            Exactly one of `logits` and `topk`. Without `out` the result is the only allocation.
+
+        Returns
+        -------
+        array or ExpertParts
+            Parts are views of the workspace, valid until the next call.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :func:`moe`; or if there are more than `max_num_tokens` tokens.
+        """
+        if (logits is None) == (topk is None):
+            got = "neither" if logits is None else "both"
+            raise ValueError(f"logits: expected exactly one of logits and topk, got {got}")
+        if logits is not None and self._spec.routing is None:
+            raise ValueError("logits: this layer was built without routing; pass topk")
+        call = _check_call(self._spec, x, logits, topk, self._bias, finalize, out, replay_out)
+        if call.num_tokens > self.max_num_tokens:
+            raise ValueError(
+                f"x: expected at most max_num_tokens = {self.max_num_tokens} rows, "
+                f"got {call.num_tokens}"
+            )
+        if self._workspace is None or call.num_tokens == 0:
+            return _run(self._spec, call, finalize, out)
+        plan = self._plan(call)
+        _queue(plan, call)
+        return plan.parts_of(call) if call.out is None else call.out if out is None else out
+
+    def plan(self, num_tokens: int) -> DevicePlan:
+        """Return the plan of a call from float32 logits (for reports and benchmarks).
+
+        Raises
+        ------
+        ValueError
+            If the layer is on the host, has no routing, or plans for fewer tokens.
+        """
+        if self._workspace is None or self._spec.routing is None:
+            raise ValueError("plan: needs a layer on a device with routing")
+        num_tokens = check_int("num_tokens", num_tokens, 1, self.max_num_tokens)
+        return self._plan(self._example_call(num_tokens))
+
+    def warmup(self, num_tokens: int) -> None:
+        """Plan calls from float32 logits with `num_tokens` tokens and load their kernels."""
+        plan = self.plan(num_tokens)
+        device = get_device(int(self.weights.w13.device.id))
+        for launches in plan.stages.values():
+            for item in launches:
+                get_kernel(item.spec, device)
+
+    def _plan(self, call: LayerCall) -> DevicePlan:
+        assert self._workspace is not None
+        key = call.key()
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = DevicePlan(self._spec, call, self._workspace)
+            if len(self._plans) > MAX_PLANS:
+                self._plans.popitem(last=False)
+        else:
+            self._plans.move_to_end(key)
+        return plan
+
+    def _example_call(self, num_tokens: int) -> LayerCall:
+        spec, like = self._spec, self.weights.w13
+        assert spec.routing is not None
+        return LayerCall(
+            x=empty(like, (num_tokens, spec.weights.hidden_size), "bfloat16"),
+            logits=empty(like, (num_tokens, spec.num_experts), "float32"),
+            bias=self._bias,
+            out=empty(like, (num_tokens, spec.weights.hidden_size), "bfloat16"),
+        )
+
+    def _reserve(self) -> None:
+        """Allocate every buffer at the largest size that any call can need."""
+        spec, workspace, tokens = self._spec, self._workspace, self.max_num_tokens
+        assert workspace is not None
+        top_k = spec.routing.top_k if spec.routing is not None else MAX_TOP_K
+        columns = top_k + spec.num_shared
+        num_local = spec.shard.num_local_experts + spec.num_shared
+        heights = tiles(str(spec.weights.dtype))
+        most_tiles = max(max_tiles(tokens, columns, num_local, t) for t in heights)
+        most_rows = max(max_tiles(tokens, columns, num_local, t) * t for t in heights)
+        workspace.take("ids", (tokens, columns), "int32")
+        workspace.take("topk_weights", (tokens, columns), "float32")
+        workspace.take("permuted_idx", (tokens, columns), "int32")
+        workspace.take("token_idx", (most_rows,), "int32")
+        for name in ("tile_expert", "tile_row_end"):
+            workspace.take(name, (most_tiles,), "int32")
+        workspace.take("tokens_per_expert", (num_local,), "int32")
+        workspace.take("expert_offsets", (num_local + 1,), "int32")
+        workspace.take("num_tiles", (1,), "int32")
+        chunks = kernels.num_chunks(tokens * columns)
+        workspace.take("chunk_counts", (chunks, num_local), "int32")
+        for name, kind in expert_buffers(spec, tokens, most_rows).items():
+            workspace.take(name, *kind)
+        workspace.frozen = True
+
+
+def _check_layer(
+    weights: Any,
+    routing: Routing | None,
+    shard: ExpertShard | None,
+    activation: Activation | None,
+    num_experts: int | None,
+    num_shared_experts: int,
+) -> LayerSpec:
+    """Return the checked layer that weights, routing and shard make."""
+    check_type("weights", weights, ExpertWeights, "an ExpertWeights")
+    held = weights.num_local_experts
+    if routing is not None:
+        check_type("routing", routing, Routing, "a Routing")
+        if num_experts is not None or num_shared_experts:
+            raise ValueError("num_experts: expected None with routing, which states it")
+        experts, shared = routing.num_experts, routing.num_shared_experts
+    else:
+        shared = check_int("num_shared_experts", num_shared_experts, 0, MAX_SHARED_EXPERTS)
+        if num_experts is None:
+            if shard is not None:
+                raise ValueError("num_experts: expected a number with a shard, got None")
+            num_experts = held - shared
+        experts = check_int("num_experts", num_experts, 1, MAX_NUM_EXPERTS)
+    local = check_shard(shard, experts)
+    if held != local.num_local_experts + shared:
+        raise ValueError(
+            f"weights: expected {local.num_local_experts} routed and {shared} shared experts, "
+            f"got {held}"
+        )
+    act = check_activation(activation, held)
+    same_place({"weights": weights.w13, **activation_arrays(act)})
+    spec = LayerSpec(weights, routing, experts, shared, local, act)
+    if weights.is_device:
+        limit = get_device(int(weights.w13.device.id)).max_smem_bytes
+        gemm_configs(spec, tiles(str(weights.dtype))[-1], limit)
+    return spec
+
+
+def _check_call(
+    spec: LayerSpec,
+    x: Any,
+    logits: Any,
+    topk: TopK | PackedTopK | None,
+    bias: Any,
+    finalize: Any,
+    out: Any,
+    replay_out: Any,
+) -> LayerCall:
+    """Return the checked arrays of a call; allocates the result when everything is right."""
+    check_type("finalize", finalize, bool, "a bool")
+    if not finalize and out is not None:
+        raise ValueError("out: expected None with finalize=False, which returns parts")
+    weights = spec.weights
+    native, x_scale = check_rows(x, "x", FLOATS if spec.fp8 else ("bfloat16",))
+    if x_scale is not None and not spec.fp8:
+        raise TypeError("x: expected a bfloat16 array for recipe 'bf16', got Quantized")
+    if native.shape[1] != weights.hidden_size:
+        raise ValueError(
+            f"x: expected hidden_size = {weights.hidden_size} like weights, got {native.shape[1]}"
+        )
+    call = LayerCall(native, x_scale)
+    if spec.routing is not None and topk is None:
+        call.logits, call.bias, call.replay = check_logits(logits, spec.routing, bias, replay_out)
+        rows, name = call.logits.shape[0], "logits"
+    else:
+        if replay_out is not None:
+            raise ValueError("replay_out: expected None with given routing")
+        call.ids, call.topk_weights = check_topk(topk)
+        rows, name = call.ids.shape[0], "topk"
+        if spec.routing is not None and call.ids.shape[1] != spec.routing.top_k:
+            raise ValueError(
+                f"topk: expected top_k = {spec.routing.top_k} columns, got {call.ids.shape[1]}"
+            )
+        if call.ids.shape[1] > MAX_TOP_K:
+            raise ValueError(f"topk: expected at most {MAX_TOP_K} columns, got {call.ids.shape[1]}")
+    if rows != call.num_tokens:
+        raise ValueError(f"{name}: expected {call.num_tokens} rows like x, got {rows}")
+    if rows * (MAX_TOP_K + MAX_SHARED_EXPERTS) >= 1 << 31:
+        raise ValueError(f"x: expected fewer than {(1 << 31) // 64} tokens, got {rows}")
+    inputs: dict[str, Array | None] = {
+        "x": call.x,
+        "x.scale": call.x_scale,
+        "logits": call.logits,
+        "bias": call.bias,
+        "topk.ids": call.ids,
+        "topk.weights": call.topk_weights,
+    }
+    same_place({"weights": weights.w13, **inputs, "replay_out": call.replay})
+    shape = (call.num_tokens, weights.hidden_size)
+    if out is not None:
+        everything = inputs | {"weights.w13": weights.w13, "weights.w2": weights.w2}
+        call.out = check_out(out, "out", FLOATS, shape, everything)
+        if call.replay is not None:
+            check_no_overlap("out", call.out, {"replay_out": call.replay})
+    check_aligned({"x": call.x, "out": call.out})
+    if finalize and out is None:
+        call.out = empty(call.x, shape, "bfloat16")
+    return call
+
+
+def _run(spec: LayerSpec, call: LayerCall, finalize: bool, out: Any) -> Array | ExpertParts:
+    """Run a checked call in buffers of its own."""
+    if not spec.weights.is_device:
+        parts = _on_host(spec, call)
+        if not finalize:
+            return parts
+        reference_finalize.finalize(*parts, call.out)
+    elif call.num_tokens == 0:
+        columns = spec.num_shared
+        if call.logits is not None:
+            columns += call.logits.shape[1] if spec.routing is None else spec.routing.top_k
+        elif call.ids is not None:
+            columns += call.ids.shape[1]
+        if not finalize:
+            index = empty(call.x, (0, columns), "int32")
+            weights = empty(call.x, (0, columns), "float32")
+            return ExpertParts(empty(call.x, call.x.shape, "bfloat16"), weights, index)
+    else:
+        plan = DevicePlan(spec, call, Workspace(call.x))
+        _queue(plan, call)
+        if not finalize:
+            return plan.parts_of(call)
+    return call.out if out is None else out
+
+
+def _queue(plan: DevicePlan, call: LayerCall) -> None:
+    """Queue a plan on CuPy's current stream of the device that holds the call's arrays."""
+    import cupy
+
+    with cupy.cuda.Device(int(call.x.device.id)):
+        plan.run(call, cupy.cuda.get_current_stream().ptr)
+
+
+def _on_host(spec: LayerSpec, call: LayerCall) -> ExpertParts:
+    if call.logits is not None:
+        assert spec.routing is not None
+        topk = reference_routing.route(call.logits, spec.routing, bias=call.bias)
+        if call.replay is not None:
+            call.replay[: call.num_tokens] = topk.ids[:, : spec.routing.top_k]
+    else:
+        topk = reference.expand(call.ids, call.topk_weights, spec.num_experts, spec.num_shared)
+    return reference.expert_parts(
+        call.x,
+        call.x_scale,
+        topk,
+        spec.weights,
+        fp8=spec.fp8,
+        num_experts=spec.num_experts,
+        num_shared_experts=spec.num_shared,
+        shard=spec.shard,
+        activation=spec.activation,
+    )

@@ -1,0 +1,93 @@
+"""The parameter struct of every kernel as a NumPy dtype, laid out as the C++ compiler lays it out.
+
+A test compiles each kernel's ``Params`` and compares size and offsets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cumoe.launch import params_dtype
+
+
+def _struct(*fields: tuple[str, Any]) -> np.dtype:
+    return params_dtype(fields)
+
+
+_POINTER, _I64, _I32, _F32 = np.uint64, np.int64, np.int32, np.float32
+_PER_EXPERT = _struct(("values", _POINTER), ("value", _F32), ("unused_", _F32))
+_ACTIVATION = _struct(("alpha", _PER_EXPERT), ("beta", _PER_EXPERT), ("limit", _PER_EXPERT))
+_EXPERTS = _struct(
+    ("num_experts", _I32),
+    ("num_shared", _I32),
+    ("expert_offset", _I32),
+    ("num_local_routed", _I32),
+    ("shared_token_start", _I32),
+    ("shared_token_stop", _I32),
+)
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+PARAMS: dict[str, np.dtype] = {
+    "routing_topk": _struct(
+        *_fields(_POINTER, "logits bias ids weights replay"),
+        ("num_tokens", _I32),
+        ("scaling_factor", _F32),
+    ),
+    "topk_expand": _struct(
+        *_fields(_POINTER, "ids_in weights_in ids weights"),
+        *_fields(_I32, "num_tokens top_k num_shared num_experts"),
+    ),
+    "permute_count": _struct(
+        *_fields(_POINTER, "ids chunk_counts"),
+        *_fields(_I32, "num_slots columns"),
+        ("experts", _EXPERTS),
+    ),
+    "permute_scan": _struct(
+        *_fields(_POINTER, "chunk_counts tokens_per_expert expert_offsets num_tiles"),
+        *_fields(_I32, "num_chunks num_local tile"),
+    ),
+    "permute_place": _struct(
+        *_fields(_POINTER, "ids chunk_counts tokens_per_expert expert_offsets permuted_idx"),
+        *_fields(_POINTER, "token_idx tile_expert tile_row_end"),
+        *_fields(_I32, "num_slots columns num_chunks max_tiles tile"),
+        ("experts", _EXPERTS),
+    ),
+    "quantize_fp8_block": _struct(
+        *_fields(_POINTER, "x values scale"),
+        *_fields(_I64, "scale_row_stride scale_block_stride num_rows"),
+        *_fields(_I32, "num_columns num_blocks"),
+    ),
+    "quantize_fp8_weights": _struct(
+        *_fields(_POINTER, "w values scale"),
+        *_fields(_I64, "input_expert_stride values_expert_stride scale_expert_stride"),
+        *_fields(_I32, "n k"),
+    ),
+    "swiglu": _struct(
+        *_fields(_POINTER, "x x_scale y y_scale"),
+        *_fields(_I64, "x_scale_row_stride x_scale_block_stride"),
+        *_fields(_I64, "y_scale_row_stride y_scale_block_stride"),
+        *_fields(_POINTER, "expert_offsets token_idx"),
+        ("num_rows", _I64),
+        *_fields(_I32, "num_local intermediate_size num_blocks gate_first"),
+        ("activation", _ACTIVATION),
+    ),
+    "finalize": _struct(
+        *_fields(_POINTER, "rows weights permuted_idx out"), *_fields(_I32, "columns hidden_size")
+    ),
+    "sm80_grouped_gemm": _struct(
+        *_fields(_POINTER, "a a_scale b b_scale out out_scale"),
+        *_fields(_POINTER, "token_idx tile_expert tile_row_end num_tiles"),
+        *_fields(_I64, "a_scale_row_stride a_scale_block_stride"),
+        *_fields(_I64, "b_expert_bytes b_row_bytes b_block_bytes"),
+        *_fields(_I64, "out_scale_row_stride out_scale_block_stride"),
+        *_fields(_I32, "n k_bytes row_step first_row up_row"),
+        *_fields(_I32, "b_scale_rows gate_scale_row up_scale_row num_column_tiles"),
+        ("activation", _ACTIVATION),
+    ),
+}

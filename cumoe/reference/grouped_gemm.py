@@ -1,0 +1,75 @@
+"""NumPy twin of the grouped GEMM and its epilogues, expert by expert in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cumoe.arrays import DTYPES
+from cumoe.config import Activation, Array, Permutation, Quantized
+from cumoe.reference.activation import apply
+from cumoe.reference.quantize import quantize_fp8_block
+
+
+def expert_rows(permutation: Permutation, expert: int) -> slice:
+    """Return the valid rows of an expert's segment."""
+    start = int(permutation.expert_offsets[expert])
+    return slice(start, start + int(permutation.tokens_per_expert[expert]))
+
+
+def busy_experts(permutation: Permutation) -> list[int]:
+    """Return the local experts that have rows."""
+    return [int(e) for e in np.flatnonzero(permutation.tokens_per_expert)]
+
+
+def grouped_gemm(
+    x: Array,
+    permutation: Permutation,
+    expert_matrix: Callable[[int], Array],
+    n: int,
+    *,
+    gather: bool,
+) -> Array:
+    """Return ``y[i] = x[source(i)] @ w[e(i)].T`` in float32; padding rows are zero.
+
+    Parameters
+    ----------
+    x : numpy.ndarray, float32
+        The dequantised left operand.
+    expert_matrix : callable
+        The dequantised ``(n, k)`` float32 matrix of an expert.
+    """
+    y = np.zeros((permutation.max_rows, n), np.float32)
+    for expert in busy_experts(permutation):
+        rows = expert_rows(permutation, expert)
+        source = permutation.token_idx[rows] if gather else rows
+        np.matmul(x[source], expert_matrix(expert).T, out=y[rows])
+    return y
+
+
+def gated_gemm(
+    x: Array,
+    permutation: Permutation,
+    expert_gate_up: Callable[[int], tuple[Array, Array]],
+    intermediate_size: int,
+    activation: Activation,
+    *,
+    gather: bool,
+) -> Array:
+    """Return ``act(x[source(i)] @ gate[e(i)].T, x[source(i)] @ up[e(i)].T)`` in float32."""
+    y = np.zeros((permutation.max_rows, intermediate_size), np.float32)
+    for expert in busy_experts(permutation):
+        rows = expert_rows(permutation, expert)
+        source = x[permutation.token_idx[rows] if gather else rows]
+        gate, up = expert_gate_up(expert)
+        y[rows] = apply(source @ gate.T, source @ up.T, activation, expert)
+    return y
+
+
+def round_rows(y: Array, out_dtype: str) -> Array | Quantized:
+    """Round float32 rows to the output dtype, or quantise them to fp8 with 1 x 128 scales."""
+    if out_dtype == "float8_e4m3fn":
+        return quantize_fp8_block(y)
+    with np.errstate(over="ignore"):
+        return y.astype(DTYPES[out_dtype])

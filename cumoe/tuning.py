@@ -1,0 +1,143 @@
+"""Which configuration of the grouped GEMM runs a problem: pure functions over frozen dataclasses.
+
+Owns the legality rule, the shared-memory formula, the candidates and the thresholds. Touches no
+device: the caller says how much shared memory a block may have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROW_BYTES = 128  # bytes of k per pipeline stage
+STATIC_SMEM_BYTES = 2048  # the epilogue's own shared memory, at most
+MAX_STAGES = 4
+TILES = (16, 32, 64, 128)
+MAX_ACCUMULATORS = 128  # per thread, beside fragments and addresses
+
+
+@dataclass(frozen=True)
+class GroupedGemmProblem:
+    """What is multiplied: element type, epilogue, and row tile height.
+
+    Parameters
+    ----------
+    dtype : str
+        ``"bfloat16"``, ``"float16"`` or ``"float8_e4m3fn"``.
+    output_dtype : str
+        Any of these or ``"float32"``.
+    gated : bool
+        The epilogue is a gated activation: two weight rows for each output column.
+    gather : bool
+        Rows of the left operand are read through the permutation.
+    tile : int
+        Tile height of the permutation.
+    """
+
+    dtype: str
+    output_dtype: str
+    gated: bool
+    gather: bool
+    tile: int
+
+
+@dataclass(frozen=True)
+class GroupedGemmConfig:
+    """Tile sizes of ``sm80_grouped_gemm``: names as the kernel's compile-time constants."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    warps_m: int
+    warps_n: int
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps_m * self.warps_n
+
+
+def smem_bytes(config: GroupedGemmConfig, problem: GroupedGemmProblem) -> int:
+    """Return the dynamic shared memory of a block."""
+    rows = config.block_m + config.block_n * (2 if problem.gated else 1)
+    return config.num_stages * rows * ROW_BYTES
+
+
+def why_illegal(
+    config: GroupedGemmConfig, problem: GroupedGemmProblem, smem_limit: int
+) -> str | None:
+    """Return why the kernel cannot run `problem` with `config`, or None if it can."""
+    if config.block_m != problem.tile:
+        return f"block_m = {config.block_m} differs from the permutation's tile {problem.tile}"
+    if config.num_stages < 2:
+        return f"num_stages = {config.num_stages}: the pipeline needs 2"
+    if config.block_m % (16 * config.warps_m):
+        return f"block_m = {config.block_m} is no multiple of 16 * warps_m"
+    if config.block_n % (16 * config.warps_n):
+        return f"block_n = {config.block_n} is no multiple of 16 * warps_n"
+    if not 32 <= config.num_threads <= 1024:
+        return f"{config.num_threads} threads: expected 32 to 1024"
+    fp8 = problem.dtype == "float8_e4m3fn"
+    if problem.output_dtype == "float8_e4m3fn" and not (problem.gated and config.block_n == 128):
+        return "fp8 output needs the activation epilogue and block_n = 128"
+    if fp8 and 128 % config.block_n:
+        return f"block_n = {config.block_n} does not divide a scale block (128)"
+    sets = (2 if problem.gated else 1) * (2 if fp8 else 1)
+    accumulators = sets * config.block_m * config.block_n // config.num_threads
+    if accumulators > MAX_ACCUMULATORS:
+        return f"{accumulators} accumulators a thread: expected at most {MAX_ACCUMULATORS}"
+    needed = smem_bytes(config, problem) + STATIC_SMEM_BYTES
+    if needed > smem_limit:
+        return f"{needed} bytes of shared memory: a block may have {smem_limit}"
+    return None
+
+
+def candidates(problem: GroupedGemmProblem, smem_limit: int) -> list[GroupedGemmConfig]:
+    """Return the legal configurations for a problem, the preferred one first."""
+    narrow = problem.gated and problem.dtype != "float8_e4m3fn"
+    if problem.output_dtype == "float8_e4m3fn":
+        narrow = False
+    block_n = 64 if narrow else 128
+    if problem.tile <= 32:
+        warps = (1, block_n // 16)
+    elif problem.tile == 64:
+        warps = (2, 4)
+    else:
+        warps = (4, 2)
+    configs = [
+        GroupedGemmConfig(problem.tile, block_n, stages, *warps)
+        for stages in range(MAX_STAGES, 1, -1)
+    ]
+    return [c for c in configs if why_illegal(c, problem, smem_limit) is None]
+
+
+def select_config(problem: GroupedGemmProblem, smem_limit: int) -> GroupedGemmConfig:
+    """Return the configuration for a problem on a device with `smem_limit` bytes a block.
+
+    Raises
+    ------
+    ValueError
+        If no configuration can run the problem.
+    """
+    legal = candidates(problem, smem_limit)
+    if not legal:
+        raise ValueError(
+            f"tile: no grouped GEMM configuration runs {problem} in {smem_limit} bytes of shared "
+            f"memory; the tile heights are {tiles(problem.dtype)}"
+        )
+    return legal[0]
+
+
+def tiles(dtype: str) -> tuple[int, ...]:
+    """Return the row tile heights that a recipe's kernels have."""
+    return TILES[:3] if dtype == "float8_e4m3fn" else TILES
+
+
+def select_tile(num_slots: int, num_local_experts: int, dtype: str) -> int:
+    """Return the tile height for the mean number of rows an expert gets.
+
+    The smallest height that holds the mean in one tile: below it a taller tile only multiplies
+    padding, above it weights are fetched again for every tile.
+    """
+    mean = num_slots / max(num_local_experts, 1)
+    heights = tiles(dtype)
+    return next((height for height in heights if mean <= height), heights[-1])

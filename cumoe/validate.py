@@ -1,0 +1,160 @@
+"""Checks that several ops share, each raising with the argument's name, what was expected and what
+came.
+
+Everything here runs before anything is allocated, launched or written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cumoe.arrays import FP8, as_native, check_no_overlap, is_device
+from cumoe.config import (
+    MAX_SHARED_EXPERTS,
+    MAX_TOP_K,
+    Activation,
+    Array,
+    ExpertShard,
+    PackedTopK,
+    Permutation,
+    Quantized,
+    TopK,
+)
+
+FLOATS = ("bfloat16", "float16", "float32")
+HALVES = ("bfloat16", "float16")
+
+
+def check_type(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise TypeError unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
+
+
+def check_multiple(name: str, what: str, value: int, of: int) -> None:
+    """Raise unless a size is a multiple of `of`, which the kernels' 16-byte accesses need."""
+    if value % of:
+        raise ValueError(
+            f"{name}: expected {what} to be a multiple of {of} (16-byte accesses), got {value}; "
+            "pad it with zeros"
+        )
+
+
+def check_shard(shard: ExpertShard | None, num_experts: int) -> ExpertShard:
+    """Return the shard, or the whole of the experts, after checking its range."""
+    if shard is None:
+        return ExpertShard(0, num_experts)
+    check_type("shard", shard, ExpertShard, "an ExpertShard or None")
+    if shard.expert_offset + shard.num_local_experts > num_experts:
+        raise ValueError(
+            f"shard: expected experts below num_experts = {num_experts}, got expert_offset "
+            f"{shard.expert_offset} and num_local_experts {shard.num_local_experts}"
+        )
+    return shard
+
+
+def check_rows(x: Any, name: str, dtypes: tuple[str, ...]) -> tuple[Array, Array | None]:
+    """Return payload and scale of ``(num_rows, k)`` activations, plain or Quantized."""
+    if not isinstance(x, Quantized):
+        return as_native(x, name, dtypes, ndim=2), None
+    if x.block != (1, 128):
+        raise ValueError(f"{name}.block: expected (1, 128) for activations, got {x.block}")
+    values = as_native(x.values, f"{name}.values", (FP8,), ndim=2)
+    num_rows, k = values.shape
+    scale = as_native(
+        x.scale, f"{name}.scale", ("float32",), shape=(num_rows, -(-k // 128)), contiguous=False
+    )
+    return values, scale
+
+
+def check_topk(topk: Any) -> tuple[Array, Array | None]:
+    """Return ids and weights of given routing; the packed words and None for a PackedTopK."""
+    if isinstance(topk, PackedTopK):
+        packed = as_native(topk.packed, "topk.packed", ("int32",), ndim=2)
+        _check_top_k("topk.packed", packed.shape[1])
+        return packed, None
+    check_type("topk", topk, TopK, "a TopK or PackedTopK")
+    ids = as_native(topk.ids, "topk.ids", ("int32",), ndim=2)
+    _check_top_k("topk.ids", ids.shape[1])
+    weights = as_native(topk.weights, "topk.weights", ("float32", "bfloat16"), shape=ids.shape)
+    return ids, weights
+
+
+def _check_top_k(name: str, top_k: int) -> None:
+    if not 1 <= top_k <= MAX_TOP_K + MAX_SHARED_EXPERTS:
+        raise ValueError(
+            f"{name}: expected 1 to {MAX_TOP_K} columns (and {MAX_SHARED_EXPERTS} shared), "
+            f"got {top_k}"
+        )
+
+
+def check_permutation(permutation: Any) -> Permutation:
+    """Return a permutation after checking that its arrays fit together."""
+    check_type("permutation", permutation, Permutation, "a Permutation")
+    p = permutation
+    num_local = p.tokens_per_expert.shape[0]
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "tokens_per_expert": (num_local,),
+        "expert_offsets": (num_local + 1,),
+        "permuted_idx": (None, None),
+        "token_idx": (p.tile_expert.shape[0] * p.tile,),
+        "tile_expert": (None,),
+        "tile_row_end": (p.tile_expert.shape[0],),
+        "num_tiles": (1,),
+    }
+    arrays = {
+        name: as_native(getattr(p, name), f"permutation.{name}", ("int32",), shape=shape)
+        for name, shape in shapes.items()
+    }
+    return Permutation(**arrays, tile=p.tile)
+
+
+def check_activation(activation: Any, num_local_experts: int) -> Activation:
+    """Return an activation whose per-expert parameters are checked native arrays."""
+    if activation is None:
+        return Activation()
+    check_type("activation", activation, Activation, "an Activation or None")
+    native = {}
+    for field in ("alpha", "beta", "limit"):
+        value = getattr(activation, field)
+        if value is not None and hasattr(value, "shape"):
+            native[field] = as_native(
+                value, f"activation.{field}", ("float32",), shape=(num_local_experts,)
+            )
+        else:
+            native[field] = value
+    return Activation(activation.name, **native)
+
+
+def activation_arrays(activation: Activation) -> dict[str, Array | None]:
+    """Return the per-expert arrays of an activation by argument name."""
+    fields = {f"activation.{f}": getattr(activation, f) for f in ("alpha", "beta", "limit")}
+    return {name: x if hasattr(x, "shape") else None for name, x in fields.items()}
+
+
+def check_out(
+    out: Any,
+    name: str,
+    dtypes: tuple[str, ...],
+    shape: tuple[int, ...],
+    inputs: dict[str, Array | None],
+    *,
+    contiguous: bool = True,
+) -> Array:
+    """Return a caller's output array as native memory, checked against the inputs."""
+    native = as_native(out, name, dtypes, shape=shape, contiguous=contiguous, writable=True)
+    like = next(x for x in inputs.values() if x is not None)
+    if is_device(native) != is_device(like) or is_device(like) and native.device != like.device:
+        where = f"cuda:{like.device.id}" if is_device(like) else "host"
+        raise ValueError(f"{name}: expected an array on {where} like the inputs")
+    check_no_overlap(name, native, inputs)
+    return native
+
+
+def check_aligned(arrays: dict[str, Array | None]) -> None:
+    """Raise if a device array that kernels access 16 bytes at a time is not aligned to them."""
+    for name, x in arrays.items():
+        if x is not None and is_device(x) and x.size and x.data.ptr % 16:
+            raise ValueError(
+                f"{name}: expected a 16-byte aligned address, got {x.data.ptr:#x}; copy the slice"
+            )
