@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from cumoe import kernels
-from cumoe.arrays import FP8, as_native, empty, is_device, same_place
+from cumoe.arrays import FP8, as_native, is_device, same_place
 from cumoe.config import Activation, Array, Permutation, Quantized, check_choice
 from cumoe.layouts import GATE_UP_ORDERS
 from cumoe.reference import activation as reference
 from cumoe.validate import (
     FLOATS,
     activation_arrays,
+    activation_outputs,
     check_activation,
     check_aligned,
     check_multiple,
-    check_out,
     check_permutation,
-    check_type,
 )
 
 
@@ -100,7 +99,7 @@ def swiglu(
         **activation_arrays(act),
     }
     same_place(inputs)
-    y, y_scale = _outputs(x, out, out_dtype, (num_rows, intermediate_size), inputs)
+    y, y_scale = activation_outputs(x, out, out_dtype, (num_rows, intermediate_size), inputs)
     check_aligned({"x": x, "out": y})
     if is_device(x):
         if y.size:
@@ -152,25 +151,3 @@ def _check_input(x: Any, order: str) -> tuple[Array, Array | None]:
         )
     shape = (values.shape[0], 2 * kernels.blocks(intermediate_size))
     return values, as_native(x.scale, "x.scale", ("float32",), shape=shape, contiguous=False)
-
-
-def _outputs(
-    x: Array,
-    out: Any,
-    out_dtype: str,
-    shape: tuple[int, int],
-    inputs: dict[str, Array | None],
-) -> tuple[Array, Array | None]:
-    """Allocate the result beside `x`, or check the caller's."""
-    scale_shape = (shape[0], kernels.blocks(shape[1]))
-    if out_dtype != FP8:
-        if out is None:
-            return empty(x, shape, out_dtype), None
-        return check_out(out, "out", (out_dtype,), shape, inputs), None
-    if out is None:
-        return empty(x, shape, FP8), empty(x, scale_shape, "float32")
-    check_type("out", out, Quantized, "a Quantized for out_dtype 'float8_e4m3fn'")
-    return (
-        check_out(out.values, "out.values", (FP8,), shape, inputs),
-        check_out(out.scale, "out.scale", ("float32",), scale_shape, inputs, contiguous=False),
-    )

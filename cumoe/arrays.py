@@ -131,7 +131,8 @@ def as_native(
 
 def check_shape(name: str, x: Array, shape: Sequence[int | None]) -> None:
     """Raise unless ``x.shape`` equals `shape`, where ``None`` accepts any size."""
-    wanted = "(" + ", ".join("*" if s is None else str(s) for s in shape) + ")"
+    sizes = ["*" if s is None else str(s) for s in shape]
+    wanted = f"({sizes[0]},)" if len(sizes) == 1 else "(" + ", ".join(sizes) + ")"
     if x.ndim != len(shape) or any(
         s is not None and s != got for s, got in zip(shape, x.shape, strict=True)
     ):

@@ -8,7 +8,7 @@ from cumoe import kernels
 from cumoe.arrays import as_native, empty, is_device, same_place
 from cumoe.config import Array, ExpertParts
 from cumoe.reference import finalize as reference
-from cumoe.validate import FLOATS, check_aligned, check_multiple, check_out
+from cumoe.validate import FLOATS, check_aligned, check_multiple, check_out, check_type
 
 MAX_COLUMNS = 64  # kMaxColumns of finalize.cu: 32 routed and 32 shared experts
 
@@ -90,4 +90,5 @@ def finalize_parts(parts: ExpertParts, *, out: Any = None) -> Array:
     TypeError, ValueError
         As :func:`finalize`.
     """
+    check_type("parts", parts, ExpertParts, "an ExpertParts")
     return finalize(parts.rows, parts.topk_weights, parts.permuted_idx, out=out)

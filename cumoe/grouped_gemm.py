@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cumoe import kernels
-from cumoe.arrays import FP8, as_native, dtype_name, empty, is_device, same_place
+from cumoe.arrays import FP8, as_native, dtype_name, is_device, same_place
 from cumoe.config import Activation, Array, Permutation, Quantized, check_choice
 from cumoe.launch import get_device
 from cumoe.layouts import GATE_UP_ORDERS, WEIGHT_LAYOUTS, half_slices
@@ -22,10 +22,10 @@ from cumoe.validate import (
     FLOATS,
     HALVES,
     activation_arrays,
+    activation_outputs,
     check_activation,
     check_aligned,
     check_multiple,
-    check_out,
     check_permutation,
     check_rows,
     check_type,
@@ -111,6 +111,8 @@ def grouped_gemm(
     if not gather and a.shape[0] != permutation.max_rows:
         raise ValueError(f"x: expected {permutation.max_rows} permuted rows, got {a.shape[0]}")
     act = check_activation(activation, num_local)
+    if config is not None:
+        check_type("config", config, GroupedGemmConfig, "a GroupedGemmConfig or None")
     inputs: dict[str, Array | None] = {
         "x": a,
         "x.scale": a_scale,
@@ -131,7 +133,7 @@ def grouped_gemm(
     )
     if is_device(a):
         config = _check_config(config, problem, get_device(a.device.id).max_smem_bytes)
-    y, y_scale = _outputs(a, out, out_dtype, shape, inputs)
+    y, y_scale = activation_outputs(a, out, out_dtype, shape, inputs)
     check_aligned({"x": a, "weight": operand.values, "out": y})
     if is_device(a):
         assert config is not None
@@ -158,7 +160,6 @@ def _check_config(
 ) -> GroupedGemmConfig:
     if config is None:
         return select_config(problem, smem_limit)
-    check_type("config", config, GroupedGemmConfig, "a GroupedGemmConfig or None")
     reason = why_illegal(config, problem, smem_limit)
     if reason is not None:
         raise ValueError(f"config: {reason}")
@@ -210,28 +211,6 @@ def _check_weight(
             weight.scale, "weight.scale", ("float32",), shape=(num_local, rows, kernels.blocks(k))
         )
     return kernels.GemmOperand(values, scale, num_rows, k, block_major, gate_up_order)
-
-
-def _outputs(
-    a: Array,
-    out: Any,
-    out_dtype: str,
-    shape: tuple[int, int],
-    inputs: dict[str, Array | None],
-) -> tuple[Array, Array | None]:
-    """Allocate the result beside `a`, or check the caller's."""
-    scale_shape = (shape[0], kernels.blocks(shape[1]))
-    if out_dtype != FP8:
-        if out is None:
-            return empty(a, shape, out_dtype), None
-        return check_out(out, "out", (out_dtype,), shape, inputs), None
-    if out is None:
-        return empty(a, shape, FP8), empty(a, scale_shape, "float32")
-    check_type("out", out, Quantized, "a Quantized for out_dtype 'float8_e4m3fn'")
-    return (
-        check_out(out.values, "out.values", (FP8,), shape, inputs),
-        check_out(out.scale, "out.scale", ("float32",), scale_shape, inputs, contiguous=False),
-    )
 
 
 def _on_host(

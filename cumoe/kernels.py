@@ -78,6 +78,8 @@ def _fill(params: np.ndarray, fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         if isinstance(value, dict):
             _fill(params[name], value)
+        elif isinstance(value, np.ndarray) and params.dtype[name].shape == value.shape:
+            params[name] = value  # a tensor map
         elif value is None or hasattr(value, "shape") and value.ndim > 0:
             params[name] = address(value)
         else:
@@ -101,7 +103,7 @@ def blocks(n: int) -> int:
     return -(-n // SCALE_BLOCK)
 
 
-def _strides(scale: Array | None) -> tuple[int, int]:
+def scale_strides(scale: Array | None) -> tuple[int, int]:
     """Return a 2-D float32 array's strides in elements."""
     return (0, 0) if scale is None else (scale.strides[0] // 4, scale.strides[1] // 4)
 
@@ -261,7 +263,7 @@ def quantize_fp8_block(x: Array, values: Array, scale: Array) -> Launch:
     """Launch for 1 x 128 quantisation of a 2-D array."""
     num_rows, num_columns = x.shape
     units = num_rows * blocks(num_columns)
-    row_stride, block_stride = _strides(scale)
+    row_stride, block_stride = scale_strides(scale)
     return make(
         KernelSpec("quantize_fp8_block", (("INPUT_TYPE", TYPES[dtype_name(x)]),)),
         (-(-units // 16), 1, 1),
@@ -318,8 +320,8 @@ def swiglu(
         ),
     )
     units = num_rows * blocks(intermediate_size)
-    x_row, x_block = _strides(x_scale)
-    y_row, y_block = _strides(y_scale)
+    x_row, x_block = scale_strides(x_scale)
+    y_row, y_block = scale_strides(y_scale)
     per_expert: dict[str, Any] = {}
     if permutation is not None:
         per_expert = {
@@ -430,8 +432,8 @@ def grouped_gemm(
     """Launch for ``out[i] = epilogue(a[source(i)] @ w[e(i)].T)``."""
     n = out.shape[1]
     column_tiles = -(-n // config.block_n)
-    a_row, a_block = _strides(a_scale)
-    out_row, out_block = _strides(out_scale)
+    a_row, a_block = scale_strides(a_scale)
+    out_row, out_block = scale_strides(out_scale)
     return make(
         grouped_gemm_spec(problem, config),
         (permutation.max_tiles * column_tiles, 1, 1),

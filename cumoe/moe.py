@@ -9,13 +9,12 @@ captured in a CUDA graph.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 from cumoe import kernels
-from cumoe.arrays import as_native, check_no_overlap, empty, same_place
+from cumoe.arrays import as_native, dtype_name, empty, same_place
 from cumoe.config import (
-    MAX_NUM_EXPERTS,
-    MAX_SHARED_EXPERTS,
     MAX_TOP_K,
     Activation,
     Array,
@@ -28,21 +27,12 @@ from cumoe.config import (
     max_tiles,
 )
 from cumoe.launch import get_device, get_kernel
-from cumoe.plan import DevicePlan, LayerCall, LayerSpec, Workspace, expert_buffers, gemm_configs
+from cumoe.layer_call import LayerCall, LayerSpec, check_call, check_layer
+from cumoe.plan import DevicePlan, Workspace, expert_buffers
 from cumoe.reference import finalize as reference_finalize
 from cumoe.reference import moe as reference
 from cumoe.reference import routing as reference_routing
-from cumoe.routing import check_logits
-from cumoe.tuning import tiles
 from cumoe.validate import (
-    FLOATS,
-    activation_arrays,
-    check_activation,
-    check_aligned,
-    check_out,
-    check_rows,
-    check_shard,
-    check_topk,
     check_type,
 )
 from cumoe.weights import ExpertWeights
@@ -105,8 +95,9 @@ def moe(
     result to bfloat16. Bitwise repeatable. Queued on CuPy's current stream, no host
     synchronisation.
     """
-    layer = _check_layer(weights, routing, shard, activation, None, 0)
-    call = _check_call(layer, x, logits, None, bias, finalize, out, replay_out)
+    check_type("routing", routing, Routing, "a Routing")
+    layer = check_layer(weights, routing, shard, activation, None, 0)
+    call = check_call(layer, x, logits, None, bias, finalize, out, replay_out)
     return _run(layer, call, finalize, out)
 
 
@@ -156,8 +147,8 @@ def routed_moe(
     As :func:`moe`; with the ids and weights that :func:`route` returns the result has the same
     bits.
     """
-    layer = _check_layer(weights, None, shard, activation, num_experts, num_shared_experts)
-    call = _check_call(layer, x, None, topk, None, finalize, out, None)
+    layer = check_layer(weights, None, shard, activation, num_experts, num_shared_experts)
+    call = check_call(layer, x, None, topk, None, finalize, out, None)
     return _run(layer, call, finalize, out)
 
 
@@ -178,6 +169,9 @@ class MoELayer:
         As in :func:`moe`.
     num_experts, num_shared_experts
         As in :func:`routed_moe`; only without `routing`.
+    portable : bool
+        Run the GEMMs that every GPU from compute capability 8.0 on can run, also on Hopper, which
+        has its own for fp8.
 
     Raises
     ------
@@ -202,10 +196,11 @@ class MoELayer:
         activation: Activation | None = None,
         num_experts: int | None = None,
         num_shared_experts: int = 0,
+        portable: bool = False,
     ) -> None:
-        self._spec = _check_layer(
-            weights, routing, shard, activation, num_experts, num_shared_experts
-        )
+        check_type("portable", portable, bool, "a bool")
+        spec = check_layer(weights, routing, shard, activation, num_experts, num_shared_experts)
+        self._spec = replace(spec, portable=portable)
         self.max_num_tokens = check_int("max_num_tokens", max_num_tokens, 1)
         if bias is not None:
             if routing is None:
@@ -261,7 +256,7 @@ class MoELayer:
             raise ValueError(f"logits: expected exactly one of logits and topk, got {got}")
         if logits is not None and self._spec.routing is None:
             raise ValueError("logits: this layer was built without routing; pass topk")
-        call = _check_call(self._spec, x, logits, topk, self._bias, finalize, out, replay_out)
+        call = check_call(self._spec, x, logits, topk, self._bias, finalize, out, replay_out)
         if call.num_tokens > self.max_num_tokens:
             raise ValueError(
                 f"x: expected at most max_num_tokens = {self.max_num_tokens} rows, "
@@ -323,7 +318,7 @@ class MoELayer:
         top_k = spec.routing.top_k if spec.routing is not None else MAX_TOP_K
         columns = top_k + spec.num_shared
         num_local = spec.shard.num_local_experts + spec.num_shared
-        heights = tiles(str(spec.weights.dtype))
+        heights = spec.tiles(get_device(int(spec.weights.w13.device.id)).arch)
         most_tiles = max(max_tiles(tokens, columns, num_local, t) for t in heights)
         most_rows = max(max_tiles(tokens, columns, num_local, t) * t for t in heights)
         workspace.take("ids", (tokens, columns), "int32")
@@ -342,106 +337,6 @@ class MoELayer:
         workspace.frozen = True
 
 
-def _check_layer(
-    weights: Any,
-    routing: Routing | None,
-    shard: ExpertShard | None,
-    activation: Activation | None,
-    num_experts: int | None,
-    num_shared_experts: int,
-) -> LayerSpec:
-    """Return the checked layer that weights, routing and shard make."""
-    check_type("weights", weights, ExpertWeights, "an ExpertWeights")
-    held = weights.num_local_experts
-    if routing is not None:
-        check_type("routing", routing, Routing, "a Routing")
-        if num_experts is not None or num_shared_experts:
-            raise ValueError("num_experts: expected None with routing, which states it")
-        experts, shared = routing.num_experts, routing.num_shared_experts
-    else:
-        shared = check_int("num_shared_experts", num_shared_experts, 0, MAX_SHARED_EXPERTS)
-        if num_experts is None:
-            if shard is not None:
-                raise ValueError("num_experts: expected a number with a shard, got None")
-            num_experts = held - shared
-        experts = check_int("num_experts", num_experts, 1, MAX_NUM_EXPERTS)
-    local = check_shard(shard, experts)
-    if held != local.num_local_experts + shared:
-        raise ValueError(
-            f"weights: expected {local.num_local_experts} routed and {shared} shared experts, "
-            f"got {held}"
-        )
-    act = check_activation(activation, held)
-    same_place({"weights": weights.w13, **activation_arrays(act)})
-    spec = LayerSpec(weights, routing, experts, shared, local, act)
-    if weights.is_device:
-        limit = get_device(int(weights.w13.device.id)).max_smem_bytes
-        gemm_configs(spec, tiles(str(weights.dtype))[-1], limit)
-    return spec
-
-
-def _check_call(
-    spec: LayerSpec,
-    x: Any,
-    logits: Any,
-    topk: TopK | PackedTopK | None,
-    bias: Any,
-    finalize: Any,
-    out: Any,
-    replay_out: Any,
-) -> LayerCall:
-    """Return the checked arrays of a call; allocates the result when everything is right."""
-    check_type("finalize", finalize, bool, "a bool")
-    if not finalize and out is not None:
-        raise ValueError("out: expected None with finalize=False, which returns parts")
-    weights = spec.weights
-    native, x_scale = check_rows(x, "x", FLOATS if spec.fp8 else ("bfloat16",))
-    if x_scale is not None and not spec.fp8:
-        raise TypeError("x: expected a bfloat16 array for recipe 'bf16', got Quantized")
-    if native.shape[1] != weights.hidden_size:
-        raise ValueError(
-            f"x: expected hidden_size = {weights.hidden_size} like weights, got {native.shape[1]}"
-        )
-    call = LayerCall(native, x_scale)
-    if spec.routing is not None and topk is None:
-        call.logits, call.bias, call.replay = check_logits(logits, spec.routing, bias, replay_out)
-        rows, name = call.logits.shape[0], "logits"
-    else:
-        if replay_out is not None:
-            raise ValueError("replay_out: expected None with given routing")
-        call.ids, call.topk_weights = check_topk(topk)
-        rows, name = call.ids.shape[0], "topk"
-        if spec.routing is not None and call.ids.shape[1] != spec.routing.top_k:
-            raise ValueError(
-                f"topk: expected top_k = {spec.routing.top_k} columns, got {call.ids.shape[1]}"
-            )
-        if call.ids.shape[1] > MAX_TOP_K:
-            raise ValueError(f"topk: expected at most {MAX_TOP_K} columns, got {call.ids.shape[1]}")
-    if rows != call.num_tokens:
-        raise ValueError(f"{name}: expected {call.num_tokens} rows like x, got {rows}")
-    if rows * (MAX_TOP_K + MAX_SHARED_EXPERTS) >= 1 << 31:
-        raise ValueError(f"x: expected fewer than {(1 << 31) // 64} tokens, got {rows}")
-    inputs: dict[str, Array | None] = {
-        "x": call.x,
-        "x.scale": call.x_scale,
-        "logits": call.logits,
-        "bias": call.bias,
-        "topk.ids": call.ids,
-        "topk.weights": call.topk_weights,
-    }
-    same_place({"weights": weights.w13, **inputs, "replay_out": call.replay})
-    shape = (call.num_tokens, weights.hidden_size)
-    if out is not None:
-        everything = inputs | {"weights.w13": weights.w13, "weights.w2": weights.w2}
-        call.out = check_out(out, "out", FLOATS, shape, everything)
-        if call.replay is not None:
-            check_no_overlap("out", call.out, {"replay_out": call.replay})
-    check_aligned({"x": call.x, "out": call.out})
-    if finalize and out is None:
-        call.out = empty(call.x, shape, "bfloat16")
-    return call
-
-
 def _run(spec: LayerSpec, call: LayerCall, finalize: bool, out: Any) -> Array | ExpertParts:
     """Run a checked call in buffers of its own."""
     if not spec.weights.is_device:
@@ -450,21 +345,27 @@ def _run(spec: LayerSpec, call: LayerCall, finalize: bool, out: Any) -> Array | 
             return parts
         reference_finalize.finalize(*parts, call.out)
     elif call.num_tokens == 0:
-        columns = spec.num_shared
-        if call.logits is not None:
-            columns += call.logits.shape[1] if spec.routing is None else spec.routing.top_k
-        elif call.ids is not None:
-            columns += call.ids.shape[1]
         if not finalize:
-            index = empty(call.x, (0, columns), "int32")
-            weights = empty(call.x, (0, columns), "float32")
-            return ExpertParts(empty(call.x, call.x.shape, "bfloat16"), weights, index)
+            return _no_parts(spec, call)
     else:
         plan = DevicePlan(spec, call, Workspace(call.x))
         _queue(plan, call)
         if not finalize:
             return plan.parts_of(call)
     return call.out if out is None else out
+
+
+def _no_parts(spec: LayerSpec, call: LayerCall) -> ExpertParts:
+    """Return the parts of a call without tokens."""
+    dtype = "bfloat16" if call.topk_weights is None else dtype_name(call.topk_weights)
+    if call.ids is not None:
+        columns = int(call.ids.shape[1])
+    else:
+        assert spec.routing is not None
+        columns, dtype = spec.routing.top_k, spec.routing.weights_dtype
+    shape = (0, columns + spec.num_shared)
+    rows = empty(call.x, (0, spec.weights.hidden_size), "bfloat16")
+    return ExpertParts(rows, empty(call.x, shape, dtype), empty(call.x, shape, "int32"))
 
 
 def _queue(plan: DevicePlan, call: LayerCall) -> None:

@@ -8,61 +8,22 @@ no compile once its kernels are loaded. Knows nothing of validation, which is do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cumoe import kernels
+from cumoe import kernels, kernels_sm90
 from cumoe.arrays import DTYPES, FP8, address, dtype_name
-from cumoe.config import Activation, Array, ExpertParts, ExpertShard, Routing
-from cumoe.launch import get_device
+from cumoe.config import Activation, Array, ExpertParts
+from cumoe.launch import KernelSpec, get_device, smem_limit
+from cumoe.layer_call import LayerCall, LayerSpec, gemm_configs
 from cumoe.permutation import plan_group
-from cumoe.tuning import GroupedGemmConfig, GroupedGemmProblem, select_config, select_tile
+from cumoe.tuning import (
+    GroupedGemmConfig,
+    Sm90Config,
+    select_sm90_config,
+)
 from cumoe.weights import ExpertWeights
-
-
-@dataclass(frozen=True, eq=False)
-class LayerSpec:
-    """A checked layer: weights and everything that does not change from call to call."""
-
-    weights: ExpertWeights
-    routing: Routing | None
-    num_experts: int
-    num_shared: int
-    shard: ExpertShard
-    activation: Activation
-
-    @property
-    def fp8(self) -> bool:
-        """Whether activations are quantised."""
-        return self.weights.recipe == "fp8_block"
-
-
-@dataclass(eq=False)
-class LayerCall:
-    """The checked native arrays of one call; `topk_weights` is None with packed `ids`."""
-
-    x: Array
-    x_scale: Array | None = None
-    logits: Array | None = None
-    bias: Array | None = None
-    ids: Array | None = None
-    topk_weights: Array | None = None
-    replay: Array | None = None
-    out: Array | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of x."""
-        return int(self.x.shape[0])
-
-    def key(self) -> tuple[Any, ...]:
-        """Return what two calls must share to run the same plan."""
-        names = ("x", "x_scale", "logits", "bias", "ids", "topk_weights", "out")
-        arrays = (getattr(self, name) for name in names)
-        kinds = (None if a is None else (a.shape[-1], dtype_name(a)) for a in arrays)
-        return (self.num_tokens, *kinds)
 
 
 class Workspace:
@@ -110,11 +71,11 @@ class DevicePlan:
         self._spec = spec
         self._device = get_device(int(call.x.device.id))
         self._bound: list[tuple[str, kernels.Launch, str]] = []
+        self.configs: dict[str, GroupedGemmConfig | Sm90Config] = {}
         self.stages: dict[str, list[kernels.Launch]] = {}
         ids, topk_weights = self._plan_routing(call, workspace)
         columns = ids.shape[1]
-        weights = spec.weights
-        self.tile = select_tile(ids.size, spec.num_experts + spec.num_shared, str(weights.dtype))
+        self.tile = spec.select_tile(ids.size, self._device.arch)
         self.permutation, permute = plan_group(
             ids, spec.num_experts, spec.num_shared, spec.shard, self.tile, workspace.take
         )
@@ -165,7 +126,7 @@ class DevicePlan:
         return ids, weights
 
     def _plan_experts(self, call: LayerCall, workspace: Workspace) -> Array:
-        spec, weights, p = self._spec, self._spec.weights, self.permutation
+        spec, p = self._spec, self.permutation
         buffers = expert_buffers(spec, call.num_tokens, p.max_rows)
         arrays = {name: workspace.take(name, *kind) for name, kind in buffers.items()}
         x, x_scale = call.x, call.x_scale
@@ -176,25 +137,45 @@ class DevicePlan:
             self.stages["quantize"] = [item]
         if p.max_tiles == 0:
             return arrays["rows"]
-        (problem1, config1), (problem2, config2) = gemm_configs(
-            spec, self.tile, self._device.max_smem_bytes
-        )
-        w13, w2 = operands(weights)
-        gemm1 = kernels.grouped_gemm(
-            x, x_scale, w13, arrays["act"], arrays.get("act_scale"), p, problem1, config1,
-            spec.activation,
-        )  # fmt: skip
-        gemm2 = kernels.grouped_gemm(
-            arrays["act"], arrays.get("act_scale"), w2, arrays["rows"], None, p, problem2, config2,
-            Activation(),
-        )  # fmt: skip
+        act, act_scale = arrays["act"], arrays.get("act_scale")
+        gemm1, gemm2 = self._plan_gemms(x, x_scale, act, act_scale, arrays["rows"])
         if x is call.x:
             self._bind("x", gemm1, "a")
             self._bind("x_scale", gemm1, "a_scale")
         self._gemm1 = gemm1
-        self.configs = {"gemm1": config1, "gemm2": config2}
         self.stages["gemm1"], self.stages["gemm2"] = [gemm1], [gemm2]
         return arrays["rows"]
+
+    def _plan_gemms(
+        self, x: Array, x_scale: Array | None, act: Array, act_scale: Array | None, rows: Array
+    ) -> tuple[kernels.Launch, kernels.Launch]:
+        spec, p, device = self._spec, self.permutation, self._device
+        w13, w2 = operands(spec.weights)
+        if spec.runs_sm90(device.arch):
+            first, second = (select_sm90_config(self.tile, gated) for gated in (True, False))
+            self.configs = {"gemm1": first, "gemm2": second}
+            return (
+                kernels_sm90.grouped_gemm(
+                    x, x_scale, w13, act, act_scale, p, first, spec.activation, device.num_sms,
+                    gather=True,
+                ),
+                kernels_sm90.grouped_gemm(
+                    act, act_scale, w2, rows, None, p, second, Activation(), device.num_sms,
+                    gather=False,
+                ),
+            )  # fmt: skip
+        (problem1, config1), (problem2, config2) = gemm_configs(
+            spec, self.tile, device.max_smem_bytes
+        )
+        self.configs = {"gemm1": config1, "gemm2": config2}
+        return (
+            kernels.grouped_gemm(
+                x, x_scale, w13, act, act_scale, p, problem1, config1, spec.activation
+            ),
+            kernels.grouped_gemm(
+                act, act_scale, w2, rows, None, p, problem2, config2, Activation()
+            ),
+        )
 
     def run(self, call: LayerCall, stream_ptr: int) -> None:
         """Queue the layer on a stream of its device, which is current."""
@@ -227,16 +208,17 @@ def operands(weights: ExpertWeights) -> tuple[kernels.GemmOperand, kernels.GemmO
     )
 
 
-def gemm_configs(
-    spec: LayerSpec, tile: int, smem_limit: int
-) -> list[tuple[GroupedGemmProblem, GroupedGemmConfig]]:
-    """Return problem and configuration of the two GEMMs."""
-    dtype = str(spec.weights.dtype)
-    problems = (
-        GroupedGemmProblem(dtype, FP8 if spec.fp8 else "bfloat16", True, True, tile),
-        GroupedGemmProblem(dtype, "bfloat16", False, False, tile),
-    )
-    return [(problem, select_config(problem, smem_limit)) for problem in problems]
+def gemm_specs(spec: LayerSpec, tile: int, arch: str) -> list[KernelSpec]:
+    """Return the kernels of the two GEMMs for a tile height on an architecture."""
+    if spec.runs_sm90(arch):
+        return [
+            kernels_sm90.grouped_gemm_spec(
+                select_sm90_config(tile, gated), gated=gated, gather=gated
+            )
+            for gated in (True, False)
+        ]
+    configs = gemm_configs(spec, tile, smem_limit(arch))
+    return [kernels.grouped_gemm_spec(problem, config) for problem, config in configs]
 
 
 def expert_buffers(

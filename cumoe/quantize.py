@@ -11,10 +11,16 @@ from typing import Any
 import numpy as np
 
 from cumoe import kernels
-from cumoe.arrays import FP8, as_native, check_no_overlap, empty, is_device
+from cumoe.arrays import FP8, as_native, empty, is_device, same_place
 from cumoe.config import Array, Quantized
 from cumoe.reference import quantize as reference
-from cumoe.validate import FLOATS, check_aligned, check_multiple, check_out, check_type
+from cumoe.validate import (
+    FLOATS,
+    check_aligned,
+    check_multiple,
+    check_quantized_out,
+    check_type,
+)
 
 
 def quantize_fp8_block(x: Any, *, out: Quantized | None = None) -> Quantized:
@@ -93,8 +99,6 @@ def quantize_fp8_block_weights(w: Any, *, out: Quantized | None = None) -> Quant
     num_experts, n, k = w.shape
     check_multiple("w", "k", k, 8)
     native = _outputs(w, out, (num_experts, kernels.blocks(n), kernels.blocks(k)), (128, 128))
-    if not native.scale.flags.c_contiguous:
-        raise ValueError("out.scale: expected a C-contiguous array for weights")
     if is_device(w):
         if w.size:
             kernels.run([kernels.quantize_fp8_weights(w, native.values, native.scale)], w)
@@ -112,17 +116,9 @@ def _outputs(
         values, scale = empty(x, x.shape, FP8), empty(x, scale_shape, "float32")
         check_aligned({"x": x})
         return Quantized(values, scale, block=block)
-    check_type("out", out, Quantized, "a Quantized")
-    if out.block != block:
-        raise ValueError(f"out.block: expected {block}, got {out.block}")
-    inputs: dict[str, Array | None] = {"x": x}
-    values = check_out(out.values, "out.values", (FP8,), x.shape, inputs)
-    scale = check_out(out.scale, "out.scale", ("float32",), scale_shape, inputs, contiguous=False)
-    if 0 in scale.strides and scale.size > 1:
-        raise ValueError(f"out.scale: expected strides above 0, got {scale.strides} (bytes)")
-    check_no_overlap("out.scale", scale, {"out.values": values})
-    check_aligned({"x": x, "out.values": values})
-    return Quantized(values, scale, block=block)
+    native = check_quantized_out(out, x.shape, scale_shape, {"x": x}, block=block)
+    check_aligned({"x": x, "out.values": native.values})
+    return native
 
 
 def dequantize(q: Quantized) -> Array:
@@ -152,6 +148,7 @@ def dequantize(q: Quantized) -> Array:
         shape=(*values.shape[:-2], scale_rows, kernels.blocks(values.shape[-1])),
         contiguous=False,
     )
+    same_place({"q.values": values, "q.scale": scale})
     if not is_device(values):
         return reference.dequantize(Quantized(values, scale, block=q.block))
     import cupy

@@ -78,6 +78,9 @@ def route(
             check_out(out.weights, "out.weights", (routing.weights_dtype,), shape, inputs),
         )
         check_no_overlap("out.weights", native.weights, {"out.ids": native.ids})
+        if replay_out is not None:
+            written = {"out.ids": native.ids, "out.weights": native.weights}
+            check_no_overlap("replay_out", replay_out, written)
     elif is_device(logits):
         native = TopK(empty(logits, shape, "int32"), empty(logits, shape, routing.weights_dtype))
     if is_device(logits):
@@ -119,13 +122,12 @@ def pack(topk: TopK) -> PackedTopK:
     Parameters
     ----------
     topk : TopK
-        Ids in [-32768, 32767].
 
     Returns
     -------
     PackedTopK
         int32, shape of the ids. The weight's bits are masked, so a negative weight leaves the id
-        alone.
+        alone. An id that does not fit a signed 16-bit field becomes -1, which names no expert.
 
     Raises
     ------
@@ -137,6 +139,10 @@ def pack(topk: TopK) -> PackedTopK:
     same_place({"topk.ids": ids, "topk.weights": weights})
     if weights is None or not is_device(ids):
         return reference.pack(TopK(ids, weights))
+    import cupy
+
+    fits = (ids >= -(1 << 15)) & (ids < 1 << 15)
+    ids = cupy.where(fits, ids, ids.dtype.type(-1))
     bits = weights.astype(empty(ids, (0,), "bfloat16").dtype).view("uint16").astype("int32")
     return PackedTopK((ids << 16) | bits)
 

@@ -141,3 +141,69 @@ def select_tile(num_slots: int, num_local_experts: int, dtype: str) -> int:
     mean = num_slots / max(num_local_experts, 1)
     heights = tiles(dtype)
     return next((height for height in heights if mean <= height), heights[-1])
+
+
+SM90_ARCH = "sm_90a"
+SM90_SMEM_BYTES = 232448
+SM90_MAX_BLOCK_N = 112  # two accumulators, the running product and the scales fill the registers
+SM90_MAX_STAGES = 6
+
+
+@dataclass(frozen=True)
+class Sm90Config:
+    """Tile sizes of ``sm90_fp8_grouped_gemm``: names as the kernel's compile-time constants.
+
+    A block takes up to `block_n` tokens; the `cluster` blocks that share weights take a row tile.
+    """
+
+    block_n: int
+    num_stages: int
+    cluster: int = 1
+
+
+def sm90_smem_bytes(config: Sm90Config, gated: bool) -> int:
+    """Return the dynamic shared memory of a block, the kernel's ``Smem`` rounded up to 1 KB."""
+    n, stages = config.block_n, config.num_stages
+    staging = n * 144 if gated else 2 * 64 * 144
+    floats = stages * (n + 2) + 8 * n + n
+    size = stages * (2 * 128 + n) * ROW_BYTES + staging + 4 * floats + 16 * stages
+    return -(-size // 1024) * 1024
+
+
+def select_sm90_config(tile: int, gated: bool) -> Sm90Config:
+    """Return the deepest pipeline that fits row tiles of up to `tile` tokens.
+
+    Raises
+    ------
+    ValueError
+        If no block can take such a tile.
+    """
+    if tile in sm90_tiles():
+        for stages in range(SM90_MAX_STAGES, 1, -1):
+            config = Sm90Config(tile, stages)
+            if sm90_smem_bytes(config, gated) <= SM90_SMEM_BYTES:
+                return config
+    raise ValueError(f"tile: expected one of {sm90_tiles()}, got {tile}")
+
+
+def sm90_tiles() -> tuple[int, ...]:
+    """Return the row tile heights of the Hopper kernels: whole boxes of tokens."""
+    return (*range(8, 65, 8), *range(80, SM90_MAX_BLOCK_N + 1, 16))
+
+
+def select_sm90_tile(num_slots: int, num_experts: int) -> int:
+    """Return the tile height for the mean number of rows an expert gets.
+
+    Tokens are the n of the wgmma, in steps of eight, and an expert's rows are split evenly, so the
+    height is that of the parts into which an expert with the mean and 2 standard deviations more
+    (of a uniform draw) is cut.
+
+    H200, DeepSeek-V3, both GEMMs in us at the heights tried:
+    T = 16384 (mean 512): 112 16962, 96 19052. T = 4096 (128): 80 5127, 64 5283, 96 6201, 112 6886.
+    T = 512 (16): 24 2678, 32 2680. T = 64 (2): 8 2284, 16 2286.
+    """
+    mean = num_slots / max(num_experts, 1)
+    likely = mean + 2 * mean**0.5
+    parts = max(1, -(-likely // SM90_MAX_BLOCK_N))
+    heights = sm90_tiles()
+    return next((height for height in heights if likely <= height * parts), heights[-1])

@@ -1,14 +1,22 @@
 """Checks that several ops share, each raising with the argument's name, what was expected and what
 came.
 
-Everything here runs before anything is allocated, launched or written.
+Everything here runs before anything is launched or written; only results are allocated, last.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from cumoe.arrays import FP8, as_native, check_no_overlap, is_device
+from cumoe.arrays import (
+    FP8,
+    as_native,
+    check_no_overlap,
+    empty,
+    is_device,
+    place_of,
+    same_place,
+)
 from cumoe.config import (
     MAX_SHARED_EXPERTS,
     MAX_TOP_K,
@@ -19,6 +27,7 @@ from cumoe.config import (
     Permutation,
     Quantized,
     TopK,
+    check_int,
 )
 
 FLOATS = ("bfloat16", "float16", "float32")
@@ -89,24 +98,25 @@ def _check_top_k(name: str, top_k: int) -> None:
 
 
 def check_permutation(permutation: Any) -> Permutation:
-    """Return a permutation after checking that its arrays fit together."""
+    """Return a permutation after checking that its arrays fit together and lie in one place."""
     check_type("permutation", permutation, Permutation, "a Permutation")
-    p = permutation
-    num_local = p.tokens_per_expert.shape[0]
-    shapes: dict[str, tuple[int | None, ...]] = {
-        "tokens_per_expert": (num_local,),
-        "expert_offsets": (num_local + 1,),
-        "permuted_idx": (None, None),
-        "token_idx": (p.tile_expert.shape[0] * p.tile,),
-        "tile_expert": (None,),
-        "tile_row_end": (p.tile_expert.shape[0],),
-        "num_tiles": (1,),
-    }
-    arrays = {
-        name: as_native(getattr(p, name), f"permutation.{name}", ("int32",), shape=shape)
-        for name, shape in shapes.items()
-    }
-    return Permutation(**arrays, tile=p.tile)
+    tile = check_int("permutation.tile", permutation.tile, 1)
+    arrays: dict[str, Array] = {}
+
+    def check(name: str, *shape: int | None) -> int:
+        x = as_native(getattr(permutation, name), f"permutation.{name}", ("int32",), shape=shape)
+        arrays[name] = x
+        return int(x.shape[0])
+
+    num_local = check("tokens_per_expert", None)
+    check("expert_offsets", num_local + 1)
+    check("permuted_idx", None, None)
+    num_tiles = check("tile_expert", None)
+    check("token_idx", num_tiles * tile)
+    check("tile_row_end", num_tiles)
+    check("num_tiles", 1)
+    same_place({f"permutation.{name}": x for name, x in arrays.items()})
+    return Permutation(**arrays, tile=tile)
 
 
 def check_activation(activation: Any, num_local_experts: int) -> Activation:
@@ -144,11 +154,57 @@ def check_out(
     """Return a caller's output array as native memory, checked against the inputs."""
     native = as_native(out, name, dtypes, shape=shape, contiguous=contiguous, writable=True)
     like = next(x for x in inputs.values() if x is not None)
-    if is_device(native) != is_device(like) or is_device(like) and native.device != like.device:
-        where = f"cuda:{like.device.id}" if is_device(like) else "host"
-        raise ValueError(f"{name}: expected an array on {where} like the inputs")
+    if place_of(native) != place_of(like):
+        raise ValueError(
+            f"{name}: expected an array on {place_of(like)} like the inputs, got one on "
+            f"{place_of(native)}"
+        )
+    if native.size > 1 and any(
+        s == 0 and n > 1 for n, s in zip(native.shape, native.strides, strict=True)
+    ):
+        raise ValueError(f"{name}: expected strides above 0, got {native.strides} (bytes)")
     check_no_overlap(name, native, inputs)
     return native
+
+
+def check_quantized_out(
+    out: Any,
+    shape: tuple[int, ...],
+    scale_shape: tuple[int, ...],
+    inputs: dict[str, Array | None],
+    *,
+    block: tuple[int, int] = (1, 128),
+) -> Quantized:
+    """Return a caller's fp8 output as native memory; only scales of activations may be strided."""
+    check_type("out", out, Quantized, "a Quantized for float8_e4m3fn")
+    if out.block != block:
+        raise ValueError(f"out.block: expected {block}, got {out.block}")
+    strided = block == (1, 128)
+    values = check_out(out.values, "out.values", (FP8,), shape, inputs)
+    scale = check_out(
+        out.scale, "out.scale", ("float32",), scale_shape, inputs, contiguous=not strided
+    )
+    check_no_overlap("out.scale", scale, {"out.values": values})
+    return Quantized(values, scale, block=block)
+
+
+def activation_outputs(
+    like: Array,
+    out: Any,
+    out_dtype: str,
+    shape: tuple[int, int],
+    inputs: dict[str, Array | None],
+) -> tuple[Array, Array | None]:
+    """Return payload and scale of a result: the caller's, checked, or new beside `like`."""
+    scale_shape = (shape[0], -(-shape[1] // 128))
+    if out_dtype == FP8:
+        if out is None:
+            return empty(like, shape, FP8), empty(like, scale_shape, "float32")
+        native = check_quantized_out(out, shape, scale_shape, inputs)
+        return native.values, native.scale
+    if out is None:
+        return empty(like, shape, out_dtype), None
+    return check_out(out, "out", (out_dtype,), shape, inputs), None
 
 
 def check_aligned(arrays: dict[str, Array | None]) -> None:

@@ -29,9 +29,9 @@ CU = PACKAGE / "cu"
 LAYERS = (
     {"", "__main__", "cli", "demo", "doctor", "warmup"},
     {"compat", "comm"},
-    {"moe", "plan"},
+    {"moe", "plan", "layer_call"},
     {"routing", "permutation", "grouped_gemm", "activation", "finalize", "quantize"},
-    {"weights", "checkpoint", "layouts", "arrays", "config", "tuning", "kernels", "params"}
+    {"weights", "checkpoint", "layouts", "arrays", "config", "tuning", "kernels", "kernels_sm90", "params"}
     | {"models", "validate", "reference"},
     {"launch"},
 )
@@ -46,7 +46,7 @@ OUTSIDE = {"numpy", "ml_dtypes"}
 OUTSIDE_BY_LAYER = {name: {"rich"} for name in LAYERS[0] - {""}} | {"launch": {"filelock"}}
 
 MAX_LINES = {".py": 500, ".cu": 450, ".cuh": 450}
-ASM_FILES = {"ptx.cuh", "wgmma.cuh"}
+ASM_FILES = {"ptx.cuh", "tma.cuh", "wgmma.cuh"}
 
 
 class Import(NamedTuple):

@@ -72,6 +72,8 @@ def test_det_exp_at_the_ends() -> None:
     want = [1, 1, 2.0**-149, 0, 0, 0, 0, None, np.inf, np.inf]
     for v, y, w in zip(x, exact.det_exp(x), want, strict=True):
         assert np.isfinite(y) if w is None else y == w, (v, y)
+    nan = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], np.uint32).view(F32)
+    assert exact.det_exp(nan).tolist() == [0] * 4
     # Pinned bits: a kernel holds the same recipe. The last two are not the nearest float32.
     x = np.array([-0.1, -1.0, -20.0, -87.5, -100.0, 1.0, 50.0, -5.853371, -1.7328277], F32)
     pinned = [0x3F67A36D, 0x3EBC5AB2, 0x310DA433, 0x006CB2BC, 0x0000001B, 0x402DF854, 0x638C881F,

@@ -233,12 +233,15 @@ def test_weight_blocks_are_independent() -> None:
     w = np.ones((1, 256, 256), F32)
     w[0, :128, 128:] = 0
     w[0, 200, 5] = np.nan
+    w[0, 201, 5] = -2  # the largest of its block, in the column of the NaN
     w[0, 130, 130] = -np.inf
     q = quantize_fp8_block_weights(w)
     unit = F32(1) / F32(448)
-    assert q.scale.tolist() == [[[unit, FLT_MIN], [unit, np.inf]]]
-    want = np.full((256, 256), 0x7E)
+    assert q.scale.tolist() == [[[unit, FLT_MIN], [2 * unit, np.inf]]]
+    want = np.full((256, 256), e4m3_byte(448.0))
+    want[128:, :128] = e4m3_byte(224.0)
     want[:128, 128:] = want[128:, 128:] = 0
+    want[201, 5] = e4m3_byte(-448.0)
     want[200, 5] = want[130, 130] = 0x7F
     np.testing.assert_array_equal(bits(q.values)[0], want)
 

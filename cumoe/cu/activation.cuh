@@ -35,7 +35,7 @@ __device__ __forceinline__ float swiglu(float gate, float up, const ActivationVa
   // NOTE: comparisons, not fminf: a NaN must stay a NaN.
   const float g = gate > a.limit ? a.limit : gate;
   const float u = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
-  return g / (1.0f + expf(-a.alpha * g)) * (u + a.beta);
+  return __fdividef(g, 1.0f + expf(-a.alpha * g)) * (u + a.beta);
 }
 
 }  // namespace cumoe

@@ -68,7 +68,7 @@ def det_exp(x: NDArray[np.float32]) -> NDArray[np.float32]:
         below about -103.98, infinity above 88.72284. ``det_exp(+-0)`` is exactly 1. NaN, like
         ``-inf``, gives 0.
     """
-    x = np.fmin(np.fmax(x, EXP_LOW), EXP_HIGH)
+    x = np.minimum(np.where(x > EXP_LOW, x, EXP_LOW), EXP_HIGH)
     n = np.rint(x * LOG2_E)
     r = (x - n * LN2_HIGH) - n * LN2_LOW
     p = EXP_C6 * r

@@ -1,0 +1,166 @@
+// Hopper's asynchronous machinery (sm_90 and later): mbarriers, the tensor memory accelerator, clusters
+// and register reallocation. Barrier and shared-memory arguments are 32-bit shared addresses.
+#pragma once
+
+#include "ptx.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#error "tma.cuh needs compute capability 9.0 or later"
+#endif
+
+namespace cumoe {
+
+/// A tensor map as the driver encodes it; a kernel parameter in __grid_constant__ memory.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+namespace ptx {
+
+/// Sets a barrier's number of arrivals per phase (PTX ISA, "mbarrier.init").
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+/// Makes barrier initialisation visible to the cluster and the async proxy (PTX ISA, "fence").
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+/// Orders generic accesses to shared memory before async-proxy ones (PTX ISA, "fence.proxy.async").
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// Arrives once (PTX ISA, "mbarrier.arrive").
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(barrier) : "memory");
+}
+
+/// Arrives once on the same barrier of block `rank` of the cluster (PTX ISA, "mapa", "mbarrier.arrive").
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+/// Copies 4 bytes to shared memory (PTX ISA, "cp.async").
+__device__ __forceinline__ void cp_async_ca_4(uint32_t smem, const void* gmem) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(gmem) : "memory");
+}
+
+/// Arrives once when this thread's earlier cp.async copies have landed; the arrival counts among those
+/// the barrier was set up for (PTX ISA, "cp.async.mbarrier.arrive").
+__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Arrives once and expects `bytes` more of asynchronous copies (PTX ISA, "mbarrier.arrive").
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
+  asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
+}
+
+/// Tells whether the phase of this parity has completed, waiting for a while
+/// (PTX ISA, "mbarrier.try_wait").
+__device__ __forceinline__ bool mbarrier_try_wait_parity(uint32_t barrier, int parity) {
+  uint32_t done;
+  asm volatile(
+      "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+/// Waits for the phase of this parity.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
+  while (!mbarrier_try_wait_parity(barrier, parity)) {
+  }
+}
+
+/// Fetches a tensor map ahead of its first use (PTX ISA, "prefetch").
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/// Copies a 2-D box to shared memory, completing on a barrier (PTX ISA, "cp.async.bulk.tensor").
+__device__ __forceinline__ void tma_load_2d(uint32_t smem, const TensorMap* map, uint32_t barrier,
+                                            int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(smem),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+      : "memory");
+}
+
+/// Copies a 5-D box to shared memory, completing on a barrier (PTX ISA, "cp.async.bulk.tensor").
+__device__ __forceinline__ void tma_load_5d(uint32_t smem, const TensorMap* map, uint32_t barrier,
+                                            int c0, int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(smem),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+/// Like tma_load_5d, to the same offset and barrier of every block of the cluster in `cta_mask`.
+__device__ __forceinline__ void tma_load_5d_multicast(uint32_t smem, const TensorMap* map,
+                                                      uint32_t barrier, uint16_t cta_mask, int c0,
+                                                      int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(smem),
+      "l"(map), "r"(barrier), "h"(cta_mask), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+/// Index of this block in its cluster (PTX ISA, "%cluster_ctarank").
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+/// Barrier over all threads of the cluster (PTX ISA, "barrier.cluster").
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
+/// Barrier `id` over `threads` threads of the block (PTX ISA, "bar.sync").
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/// Arrives at barrier `id` of `threads` threads without waiting (PTX ISA, "bar.arrive").
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/// Gives up registers above N for the rest of the warpgroup's life (PTX ISA, "setmaxnreg").
+template <int N>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+/// Takes registers up to N (PTX ISA, "setmaxnreg").
+template <int N>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+/// Stores four 8x8 matrices of 16-bit elements transposed; lane l gives the address of row l % 8 of
+/// matrix l / 8 (PTX ISA, "stmatrix").
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t smem, uint32_t r0, uint32_t r1,
+                                                  uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+
+}  // namespace ptx
+}  // namespace cumoe

@@ -1,0 +1,124 @@
+"""The host side of the Hopper grouped GEMM: tensor maps, compile-time constants and launches.
+
+As ``kernels.py``, for sm_90a only. A launch's tensor maps hold the addresses of its arrays;
+gathered rows are read through a plain pointer, so a call may bring its own tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cumoe.arrays import address
+from cumoe.config import Activation, Array, Permutation
+from cumoe.kernels import GemmOperand, Launch, activation_fields, blocks, make, scale_strides
+from cumoe.launch import KernelSpec, encode_tiled
+from cumoe.tuning import ROW_BYTES, Sm90Config, sm90_smem_bytes
+
+
+def grouped_gemm_spec(config: Sm90Config, *, gated: bool, gather: bool) -> KernelSpec:
+    """Return the fp8 grouped GEMM for a configuration."""
+    return KernelSpec(
+        "sm90_fp8_grouped_gemm",
+        (
+            ("GATED", int(gated)),
+            ("GATHER", int(gather)),
+            ("BLOCK_N", config.block_n),
+            ("NUM_STAGES", config.num_stages),
+            ("CLUSTER", config.cluster),
+        ),
+    )
+
+
+def token_map(a: Array, block_n: int) -> np.ndarray:
+    """Encode the rows of the left operand in boxes of the kernel's kBoxRows rows."""
+    row_bytes = a.shape[1] * a.dtype.itemsize
+    return encode_tiled(
+        address(a),
+        np.uint8,
+        (a.shape[0], row_bytes),
+        (row_bytes, 1),
+        (block_n // 16 * 8 if block_n > 64 else block_n, ROW_BYTES),
+        swizzle="128B",
+    )
+
+
+def weight_map(operand: GemmOperand) -> np.ndarray:
+    """Encode a weight as (experts, halves, rows, k-blocks, bytes of k) in boxes of 128 rows."""
+    w = operand.values
+    fields = operand.fields()
+    row, block = fields["b_row_bytes"], fields["b_block_bytes"]
+    gated = operand.gate_up_order is not None
+    halves, rows = (2, operand.num_rows // 2) if gated else (1, operand.num_rows)
+    step = fields["row_step"]
+    half = row * max(fields.get("first_row", 0), fields.get("up_row", 0)) if gated else row
+    if operand.block_major:
+        k_shape = (fields["k_bytes"] // ROW_BYTES, ROW_BYTES)
+    else:
+        k_shape, block = (1, fields["k_bytes"]), row
+    return encode_tiled(
+        address(w),
+        np.uint8,
+        (max(w.shape[0], 1), halves, rows, *k_shape),
+        (fields["b_expert_bytes"], half, row * step, block, 1),
+        (1, 1, 128, 1, ROW_BYTES),
+        swizzle="128B",
+    )
+
+
+def grouped_gemm(
+    a: Array,
+    a_scale: Array,
+    operand: GemmOperand,
+    out: Array,
+    out_scale: Array | None,
+    permutation: Permutation,
+    config: Sm90Config,
+    activation: Activation,
+    num_sms: int,
+    *,
+    gather: bool,
+) -> Launch:
+    """Launch for ``out[i] = epilogue(a[source(i)] @ w[e(i)].T)`` in fp8."""
+    gated = operand.gate_up_order is not None
+    n = out.shape[1]
+    column_tiles = -(-n // (128 if gated else 256))
+    num_clusters = min(num_sms // config.cluster, permutation.max_tiles * column_tiles)
+    fields: dict[str, Any] = operand.fields()
+    second = blocks(operand.num_rows // 2) if gated else 1
+    gate_first = gated and fields["first_row"] == 0
+    a_row, a_block = scale_strides(a_scale)
+    out_row, out_block = scale_strides(out_scale)
+    return make(
+        grouped_gemm_spec(config, gated=gated, gather=gather),
+        (num_clusters * config.cluster, 1, 1),
+        384,
+        smem_bytes=sm90_smem_bytes(config, gated),
+        **({} if gather else {"a_map": token_map(a, config.block_n)}),
+        a=a,
+        w_map=weight_map(operand),
+        a_scale=a_scale,
+        w_scale=operand.scale,
+        out=out,
+        out_scale=out_scale,
+        token_idx=permutation.token_idx,
+        tile_expert=permutation.tile_expert,
+        expert_offsets=permutation.expert_offsets,
+        tokens_per_expert=permutation.tokens_per_expert,
+        num_tiles=permutation.num_tiles,
+        a_scale_row_stride=a_row,
+        a_scale_block_stride=a_block,
+        out_scale_row_stride=out_row,
+        out_scale_block_stride=out_block,
+        n=n,
+        k=operand.k,
+        tile=permutation.tile,
+        num_column_tiles=column_tiles,
+        w_scale_rows=fields["b_scale_rows"],
+        first_half=0 if gate_first or not gated else 1,
+        first_scale_row=0 if gate_first or not gated else second,
+        second_scale_row=0 if gated and not gate_first else second,
+        block_major=int(operand.block_major),
+        activation=activation_fields(activation),
+    )

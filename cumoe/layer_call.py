@@ -1,0 +1,219 @@
+"""What a layer is and what one call of it brings, checked: between the public face and the plan.
+
+:func:`check_layer` and :func:`check_call` are where a layer's arguments are validated; everything
+below them takes native arrays that fit together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cumoe.arrays import FP8, check_no_overlap, dtype_name, empty, same_place
+from cumoe.config import (
+    MAX_NUM_EXPERTS,
+    MAX_SHARED_EXPERTS,
+    MAX_TOP_K,
+    Activation,
+    Array,
+    ExpertShard,
+    PackedTopK,
+    Routing,
+    TopK,
+    check_int,
+)
+from cumoe.launch import get_device
+from cumoe.routing import check_logits
+from cumoe.tuning import (
+    SM90_ARCH,
+    GroupedGemmConfig,
+    GroupedGemmProblem,
+    select_config,
+    select_sm90_tile,
+    select_tile,
+    sm90_tiles,
+    tiles,
+)
+from cumoe.validate import (
+    FLOATS,
+    activation_arrays,
+    check_activation,
+    check_aligned,
+    check_out,
+    check_rows,
+    check_shard,
+    check_topk,
+    check_type,
+)
+from cumoe.weights import ExpertWeights
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpec:
+    """A checked layer: weights and everything that does not change from call to call."""
+
+    weights: ExpertWeights
+    routing: Routing | None
+    num_experts: int
+    num_shared: int
+    shard: ExpertShard
+    activation: Activation
+    portable: bool = False
+
+    @property
+    def fp8(self) -> bool:
+        """Whether activations are quantised."""
+        return self.weights.recipe == "fp8_block"
+
+    def runs_sm90(self, arch: str) -> bool:
+        """Whether the GEMMs are Hopper's own on a device of this architecture."""
+        return self.fp8 and arch == SM90_ARCH and not self.portable
+
+    def tiles(self, arch: str) -> tuple[int, ...]:
+        """Return the row tile heights that the GEMMs have on an architecture."""
+        return sm90_tiles() if self.runs_sm90(arch) else tiles(str(self.weights.dtype))
+
+    def select_tile(self, num_slots: int, arch: str) -> int:
+        """Return the row tile height for a number of (token, expert) slots."""
+        num_experts = self.num_experts + self.num_shared
+        if self.runs_sm90(arch):
+            return select_sm90_tile(num_slots, num_experts)
+        return select_tile(num_slots, num_experts, str(self.weights.dtype))
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """The checked native arrays of one call; `topk_weights` is None with packed `ids`."""
+
+    x: Array
+    x_scale: Array | None = None
+    logits: Array | None = None
+    bias: Array | None = None
+    ids: Array | None = None
+    topk_weights: Array | None = None
+    replay: Array | None = None
+    out: Array | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of x."""
+        return int(self.x.shape[0])
+
+    def key(self) -> tuple[Any, ...]:
+        """Return what two calls must share to run the same plan."""
+        names = ("x", "x_scale", "logits", "bias", "ids", "topk_weights", "out")
+        arrays = (getattr(self, name) for name in names)
+        kinds = (None if a is None else (a.shape[-1], dtype_name(a)) for a in arrays)
+        return (self.num_tokens, *kinds)
+
+
+def check_layer(
+    weights: Any,
+    routing: Routing | None,
+    shard: ExpertShard | None,
+    activation: Activation | None,
+    num_experts: int | None,
+    num_shared_experts: int,
+) -> LayerSpec:
+    """Return the checked layer that weights, routing and shard make."""
+    check_type("weights", weights, ExpertWeights, "an ExpertWeights")
+    held = weights.num_local_experts
+    if routing is not None:
+        check_type("routing", routing, Routing, "a Routing")
+        if num_experts is not None or num_shared_experts:
+            raise ValueError("num_experts: expected None with routing, which states it")
+        experts, shared = routing.num_experts, routing.num_shared_experts
+    else:
+        shared = check_int("num_shared_experts", num_shared_experts, 0, MAX_SHARED_EXPERTS)
+        if num_experts is None:
+            if shard is not None:
+                raise ValueError("num_experts: expected a number with a shard, got None")
+            num_experts = held - shared
+        experts = check_int("num_experts", num_experts, 1, MAX_NUM_EXPERTS)
+    local = check_shard(shard, experts)
+    if held != local.num_local_experts + shared:
+        raise ValueError(
+            f"weights: expected {local.num_local_experts} routed and {shared} shared experts, "
+            f"got {held}"
+        )
+    act = check_activation(activation, held)
+    same_place({"weights": weights.w13, **activation_arrays(act)})
+    spec = LayerSpec(weights, routing, experts, shared, local, act)
+    if weights.is_device:
+        limit = get_device(int(weights.w13.device.id)).max_smem_bytes
+        gemm_configs(spec, tiles(str(weights.dtype))[-1], limit)
+    return spec
+
+
+def check_call(
+    spec: LayerSpec,
+    x: Any,
+    logits: Any,
+    topk: TopK | PackedTopK | None,
+    bias: Any,
+    finalize: Any,
+    out: Any,
+    replay_out: Any,
+) -> LayerCall:
+    """Return the checked arrays of a call; allocates the result when everything is right."""
+    check_type("finalize", finalize, bool, "a bool")
+    if not finalize and out is not None:
+        raise ValueError("out: expected None with finalize=False, which returns parts")
+    weights = spec.weights
+    native, x_scale = check_rows(x, "x", FLOATS if spec.fp8 else ("bfloat16",))
+    if x_scale is not None and not spec.fp8:
+        raise TypeError("x: expected a bfloat16 array for recipe 'bf16', got Quantized")
+    if native.shape[1] != weights.hidden_size:
+        raise ValueError(
+            f"x: expected hidden_size = {weights.hidden_size} like weights, got {native.shape[1]}"
+        )
+    call = LayerCall(native, x_scale)
+    if spec.routing is not None and topk is None:
+        call.logits, call.bias, call.replay = check_logits(logits, spec.routing, bias, replay_out)
+        rows, name = call.logits.shape[0], "logits"
+    else:
+        if replay_out is not None:
+            raise ValueError("replay_out: expected None with given routing")
+        call.ids, call.topk_weights = check_topk(topk)
+        rows, name = call.ids.shape[0], "topk"
+        if spec.routing is not None and call.ids.shape[1] != spec.routing.top_k:
+            raise ValueError(
+                f"topk: expected top_k = {spec.routing.top_k} columns, got {call.ids.shape[1]}"
+            )
+        if call.ids.shape[1] > MAX_TOP_K:
+            raise ValueError(f"topk: expected at most {MAX_TOP_K} columns, got {call.ids.shape[1]}")
+    if rows != call.num_tokens:
+        raise ValueError(f"{name}: expected {call.num_tokens} rows like x, got {rows}")
+    if rows * (MAX_TOP_K + MAX_SHARED_EXPERTS) >= 1 << 31:
+        raise ValueError(f"x: expected fewer than {(1 << 31) // 64} tokens, got {rows}")
+    inputs: dict[str, Array | None] = {
+        "x": call.x,
+        "x.scale": call.x_scale,
+        "logits": call.logits,
+        "bias": call.bias,
+        "topk.ids": call.ids,
+        "topk.weights": call.topk_weights,
+    }
+    same_place({"weights": weights.w13, **inputs, "replay_out": call.replay})
+    shape = (call.num_tokens, weights.hidden_size)
+    if out is not None:
+        everything = inputs | {"weights.w13": weights.w13, "weights.w2": weights.w2}
+        call.out = check_out(out, "out", FLOATS, shape, everything)
+        if call.replay is not None:
+            check_no_overlap("out", call.out, {"replay_out": call.replay})
+    check_aligned({"x": call.x, "out": call.out})
+    if finalize and out is None:
+        call.out = empty(call.x, shape, "bfloat16")
+    return call
+
+
+def gemm_configs(
+    spec: LayerSpec, tile: int, max_smem_bytes: int
+) -> list[tuple[GroupedGemmProblem, GroupedGemmConfig]]:
+    """Return problem and configuration of the two GEMMs."""
+    dtype = str(spec.weights.dtype)
+    problems = (
+        GroupedGemmProblem(dtype, FP8 if spec.fp8 else "bfloat16", True, True, tile),
+        GroupedGemmProblem(dtype, "bfloat16", False, False, tile),
+    )
+    return [(problem, select_config(problem, max_smem_bytes)) for problem in problems]

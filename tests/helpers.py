@@ -1,0 +1,223 @@
+"""What tests of ops and layers share: backends, tolerances, block-wise comparison, guarded outputs.
+
+A test marked with :data:`each_backend` runs its one body on NumPy and, marked ``gpu``, on CuPy. It
+makes inputs with NumPy, hands them over with :func:`to_backend`, compares after :func:`to_host`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cumoe import Activation, ExpertWeights, Quantized
+from cumoe.launch import KernelSpec, current_device, warmup
+
+BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
+F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
+DTYPES = {"bfloat16": BF16, "float16": F16, "float32": F32, "float8_e4m3fn": FP8}
+
+BACKENDS = [pytest.param("numpy"), pytest.param("cupy", marks=pytest.mark.gpu)]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+POISON = 0xFF
+"""Every byte of a poisoned buffer: NaN in every floating point type, -1 in every integer."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest and root-mean-square error, relative to ``max(rms(reference), abs(reference))``."""
+
+    largest: float
+    rms: float
+    reason: str
+
+
+TOLERANCES = {
+    "float32": Tolerance(
+        1e-4, 1e-5, "float32 sums of up to 1000 products in another order; mma truncates addends"
+    ),
+    "float16": Tolerance(2.0**-10, 2.0**-11, "one rounding to 11 bits of significand"),
+    "bfloat16": Tolerance(
+        2.0**-7, 2.0**-8.5, "one rounding to 8 bits, or a neighbour of the reference's rounding"
+    ),
+    "float8_e4m3fn": Tolerance(
+        2.0**-3, 2.0**-5, "one rounding to 4 bits, or a neighbour of the reference's rounding"
+    ),
+    "float8_e4m3fn twin": Tolerance(
+        2.0**-2.9, 0.004, "the same rounding; an element in some thousands goes to a neighbour"
+    ),
+    "bfloat16 twin": Tolerance(
+        2.0**-6.9, 0.001, "the same rounding; an element in some thousands goes to a neighbour"
+    ),
+    "layer bf16": Tolerance(
+        0.02, 0.005, "result and rows rounded to 8 bits; activations may go to a neighbour"
+    ),
+    "layer fp8_block": Tolerance(
+        0.05, 0.01, "as bf16, and an fp8 activation may go to a neighbour, 1/8 of it away"
+    ),
+}
+
+
+def relative_errors(actual: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """Return largest and rms error relative to ``max(rms(reference), abs(reference))``."""
+    finite = np.isfinite(reference)
+    if not np.array_equal(actual[~finite], reference[~finite], equal_nan=True):
+        return np.inf, np.inf
+    actual, reference = actual[finite], reference[finite]
+    if not actual.size:
+        return 0.0, 0.0
+    scale = np.maximum(np.sqrt(np.mean(reference**2)), np.abs(reference))
+    error = np.abs(actual - reference)
+    error = np.divide(error, scale, out=np.where(error > 0, np.inf, error), where=scale > 0)
+    return float(error.max()), float(np.sqrt(np.mean(error**2)))
+
+
+def assert_close_blocks(
+    actual: Any,
+    reference: np.ndarray,
+    tolerance: str,
+    *,
+    row_block: int = 64,
+    experts: np.ndarray | None = None,
+) -> None:
+    """Hold the error of all rows, of each block of rows, and of each expert's rows to a tolerance.
+
+    Parameters
+    ----------
+    actual : array of either backend, shape (num_rows, n)
+    reference : numpy.ndarray, shape (num_rows, n)
+    tolerance : str
+        A key of :data:`TOLERANCES`.
+    row_block : int
+        Rows of a block.
+    experts : numpy.ndarray, shape (num_rows,), optional
+        The expert of each row.
+    """
+    limit = TOLERANCES[tolerance]
+    got = to_host(actual).astype(np.float64)
+    want = np.asarray(reference).astype(np.float64)
+    assert got.shape == want.shape
+    parts: dict[str, Any] = {"all rows": slice(None)}
+    for start in range(0, len(want), row_block):
+        parts[f"rows {start} to {start + row_block - 1}"] = slice(start, start + row_block)
+    if experts is not None:
+        parts |= {f"expert {e}": np.flatnonzero(experts == e) for e in np.unique(experts)}
+    for name, rows in parts.items():
+        largest, rms = relative_errors(got[rows], want[rows])
+        assert largest <= limit.largest and rms <= limit.rms, (
+            f"{name}: errors {largest:.3g} (largest) and {rms:.3g} (rms), expected at most "
+            f"{limit.largest:.3g} and {limit.rms:.3g}: {limit.reason}"
+        )
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    """Check that two arrays of either backend are equal to the bit, dtype and shape included."""
+    actual, expected = to_host(actual), to_host(expected)
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    np.testing.assert_array_equal(words(actual), words(expected))
+
+
+def words(x: Any) -> Any:
+    """View an array's elements as unsigned integers."""
+    return x.view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[x.dtype.itemsize])
+
+
+def to_backend(x: Any, backend: str) -> Any:
+    """Hand arrays, and containers of them, to a backend; column-major stays column-major.
+
+    CuPy takes fp8 as uint8 and bfloat16 as it is.
+    """
+    if backend == "numpy" or x is None or isinstance(x, (str, int, float)):
+        return x
+    if isinstance(x, ExpertWeights):
+        return x.to_device()
+    if isinstance(x, Quantized):
+        values, scale = (to_backend(a, backend) for a in (x.values, x.scale))
+        return Quantized(values, scale, block=x.block)
+    if isinstance(x, Activation):
+        values = (to_backend(getattr(x, field), backend) for field in ("alpha", "beta", "limit"))
+        return Activation(x.name, *values)
+    if isinstance(x, dict):
+        return {name: to_backend(value, backend) for name, value in x.items()}
+    if isinstance(x, tuple):
+        return type(x)(*(to_backend(value, backend) for value in x))
+    if not isinstance(x, np.ndarray):
+        return x
+    import cupy
+
+    if x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous:
+        return to_backend(x.T, backend).T
+    dtype = np.dtype(np.uint8) if x.dtype == FP8 else x.dtype
+    return cupy.asarray(np.ascontiguousarray(words(x))).view(dtype)
+
+
+def to_host(x: Any) -> Any:
+    """Return a backend's array, or Quantized, on the host; waits for the device."""
+    if isinstance(x, Quantized):
+        values = to_host(x.values)
+        return Quantized(values.view(FP8), to_host(x.scale), block=x.block)
+    if isinstance(x, tuple):
+        return type(x)(*(to_host(value) for value in x))
+    if isinstance(x, (np.ndarray, int)):
+        return x
+    import cupy
+
+    assert isinstance(x, cupy.ndarray), f"expected an array, got {type(x).__name__}"
+    if x.dtype == BF16:
+        return words(cupy.ascontiguousarray(x)).get().view(BF16)
+    return x.get()
+
+
+def dequantized(q: Quantized) -> np.ndarray:
+    """Return the float64 numbers of activations with 1 x 128 scales, of either backend."""
+    host = to_host(q)
+    scale = np.repeat(host.scale.astype(np.float64), 128, axis=1)[:, : host.values.shape[1]]
+    return host.values.astype(np.float64) * scale
+
+
+class Poisoned:
+    """An output array inside a larger buffer, every byte of both poisoned.
+
+    Attributes
+    ----------
+    array : array of the backend
+        uint8 for fp8 on CuPy. 16-byte aligned.
+    """
+
+    GUARD_BYTES = 4096
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: Any, backend: str, *, column_major: bool = False
+    ) -> None:
+        kind = np.dtype(DTYPES.get(dtype, dtype))
+        self._nbytes = int(np.prod(shape)) * kind.itemsize
+        total = self._nbytes + 2 * self.GUARD_BYTES
+        if backend == "numpy":
+            self._buffer: Any = np.full(total, POISON, np.uint8)
+        else:
+            import cupy
+
+            self._buffer = cupy.full(total, POISON, cupy.uint8)
+            kind = np.dtype(np.uint8) if kind == FP8 else kind
+        view = self._buffer[self.GUARD_BYTES : self.GUARD_BYTES + self._nbytes].view(kind)
+        self.array = view.reshape(shape[::-1]).T if column_major else view.reshape(shape)
+
+    def check_guards(self) -> None:
+        """Check that nothing was written before or behind the array."""
+        host = to_host(self._buffer)
+        assert (host[: self.GUARD_BYTES] == POISON).all(), "written before the array"
+        assert (host[self.GUARD_BYTES + self._nbytes :] == POISON).all(), "written past the array"
+
+    def check_untouched(self) -> None:
+        """Check that nothing was written at all."""
+        assert (to_host(self._buffer) == POISON).all()
+
+
+def precompile(specs: Iterable[KernelSpec]) -> None:
+    """Compile kernels for the GPU at hand in parallel, so that tests find them in the cache."""
+    warmup(specs, [current_device().arch])

@@ -1,0 +1,262 @@
+"""The benches write what they measured: rows, files, exit codes, and how each thing is timed.
+
+No test here looks at how long anything took. Everything runs a tiny layer; with ``-m gpu`` on CuPy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bench import bench_error, bench_layer, bench_startup
+from bench.harness import Timing
+from bench.inputs import TINY, find_model, make_layer, make_weights
+from cumoe import Activation
+
+RECIPES = ("bf16", "fp8_block")
+
+
+class TestBenchError:
+    def test_dry_run(self, tmp_path, capsys):
+        path = tmp_path / "error.json"
+        assert bench_error.main(["--dry-run", "--tokens", "1", "70", "--out", str(path)]) == 0
+        found = json.loads(path.read_text())
+        assert found["limits"]["bf16"] == list(bench_error.LIMITS["bf16"])
+        key = [(r["op"], r["model"], r["recipe"], r["num_tokens"]) for r in found["rows"]]
+        assert key == [("layer_error", "tiny", r, t) for r in RECIPES for t in (1, 70)]
+        for row in found["rows"]:
+            assert 0 <= row["max_rel"] <= bench_error.LIMITS[row["recipe"]][0]
+            assert row["unrounded_rms_rel"] > row["rms_rel"]
+            assert row["us"] is None
+        assert len(capsys.readouterr().out.splitlines()) == 4
+
+    def test_a_wrong_layer_fails_and_is_written(self, tmp_path, monkeypatch, capsys):
+        def broken(shape, weights, bias, max_num_tokens):
+            other = replace(shape, activation=Activation(alpha=1.1))
+            return make_layer(other, weights, bias, max_num_tokens)
+
+        monkeypatch.setattr(bench_error, "make_layer", broken)
+        path = tmp_path / "error.json"
+        args = ["--dry-run", "--tokens", "7", "--recipes", "bf16", "--out", str(path)]
+        assert bench_error.main(args) == 1
+        assert json.loads(path.read_text())["rows"][0]["max_rel"] > bench_error.LIMITS["bf16"][0]
+        assert "FAILED tiny bf16 T=7: over the limits" in capsys.readouterr().out
+
+    def test_a_case_that_raises_does_not_stop_the_others(self, tmp_path, monkeypatch):
+        measure_case = bench_error.measure_case
+
+        def broken(xp, shape, layer, bias, num_tokens, seed):
+            if num_tokens == 7:
+                raise RuntimeError("broken")
+            return measure_case(xp, shape, layer, bias, num_tokens, seed)
+
+        monkeypatch.setattr(bench_error, "measure_case", broken)
+        path = tmp_path / "error.json"
+        args = ["--dry-run", "--tokens", "1", "7", "8", "--recipes", "bf16", "--out", str(path)]
+        assert bench_error.main(args) == 1
+        assert [r["num_tokens"] for r in json.loads(path.read_text())["rows"]] == [1, 8]
+
+
+class TestBenchLayer:
+    def test_dry_run(self, tmp_path):
+        path = tmp_path / "layer.json"
+        args = ["--dry-run", "--shared", "--tokens", "1", "7", "--repeats", "3", "--out", str(path)]
+        assert bench_layer.main(args) == 0
+        rows = json.loads(path.read_text())["rows"]
+        stages = ["routing", "permutation", "quantize", "finalize"]
+        for recipe in RECIPES:
+            for tokens in (1, 7):
+                found = [r for r in rows if (r["recipe"], r["num_tokens"]) == (recipe, tokens)]
+                want = {"layer", "gemm1", "gemm2", *stages}
+                assert {r["op"] for r in found} == want - (
+                    {"quantize"} if recipe == "bf16" else set()
+                )
+                assert all(r["model"] == "tiny_shared" and r["us"] > 0 for r in found)
+        layer = rows[0]
+        assert (layer["op"], layer["variant"], layer["method"]) == ("layer", "eager", "host")
+        assert layer["max_rel"] <= bench_error.LIMITS["fp8_block"][0]
+
+    def test_work(self):
+        shape = find_model("tiny", shared=False)
+        weights = make_weights(shape, "fp8_block", np, seed=0)
+        calls = bench_layer.make_sets(np, shape, weights, 5, 0)
+        assert len(calls) == 1
+        active = np.unique(calls[0].ids).size
+        work = bench_layer.work_of(shape, weights, calls)
+        assert work["layer"]["flops"] == 2 * 5 * 2 * (288 * 272 + 272 * 144)
+        assert work["gemm1"]["flops"] == pytest.approx(2 * 5 * 2 * 288 * 272)
+        assert work["gemm2"]["flops"] == pytest.approx(2 * 5 * 2 * 272 * 144)
+        assert work["gemm1"]["num_bytes"] == pytest.approx(active * (288 * 272 + 4 * 4 * 3))
+        assert work["gemm2"]["num_bytes"] == pytest.approx(active * (272 * 144 + 4 * 3 * 2))
+        assert work["layer"]["num_bytes"] == pytest.approx(
+            shape.active_weight_bytes(active, "fp8_block")
+        )
+        assert work["quantize"]["num_bytes"] == 5 * (272 * 2 + 272 + 4 * 3)
+        assert work["finalize"]["num_bytes"] == 2 * 272 * (10 + 5) + 8 * 10
+
+    def test_a_wrong_answer_is_not_timed(self, tmp_path, monkeypatch, capsys):
+        def broken(shape, weights, bias, max_num_tokens):
+            other = replace(shape, activation=Activation(beta=0.1))
+            return make_layer(other, weights, bias, max_num_tokens)
+
+        monkeypatch.setattr(bench_layer, "make_layer", broken)
+        monkeypatch.setattr(bench_layer, "time_all", lambda *a, **k: pytest.fail("timed"))
+        path = tmp_path / "layer.json"
+        args = ["--dry-run", "--recipes", "bf16", "--tokens", "7", "--out", str(path)]
+        assert bench_layer.main(args) == 1
+        assert "FAILED tiny bf16 T=7: wrong answer" in capsys.readouterr().out
+        assert not path.exists()
+
+    def test_each_thing_is_timed_in_its_own_way(self, monkeypatch):
+        speeds = {"routing": 5.0, "gemm1": 150.0, "layer": 200.0, "peer": 90.0}
+        asked = []
+
+        def measure(variants, *, graph=False, calls=1, **settings):
+            names = [variant.__name__ for variant in variants.values()]
+            asked.append((sorted(variants), graph, calls))
+            return {k: Timing.of([speeds[n]]) for k, n in zip(variants, names, strict=True)}
+
+        def named(name):
+            def run(i):
+                return None
+
+            run.__name__ = name
+            return run
+
+        monkeypatch.setattr(bench_layer, "measure", measure)
+        stages = {"routing": named("routing"), "gemm1": named("gemm1")}
+        peers = {"torch gemm1": named("peer")}
+        timings, methods = bench_layer.time_all(
+            stages, named("layer"), peers, num_sets=4, repeats=3, budget_s=1.0, on_device=True
+        )
+        assert asked[1:] == [
+            (["eager", "gemm1", "torch gemm1"], False, 1),
+            (["routing"], True, 12),
+            (["graph"], True, 4),
+        ]
+        assert methods == {
+            "routing": "graph of 12",
+            "gemm1": "events",
+            "torch gemm1": "events",
+            "eager": "events",
+            "graph": "graph of 4",
+        }
+        assert set(timings) == set(methods)
+
+    def test_without_graphs_there_are_still_events(self, monkeypatch, capsys):
+        def measure(variants, *, graph=False, **settings):
+            if graph:
+                raise RuntimeError("no capture")
+            return {name: Timing.of([5.0]) for name in variants}
+
+        monkeypatch.setattr(bench_layer, "measure", measure)
+        timings, methods = bench_layer.time_all(
+            {"routing": print}, print, {}, num_sets=1, repeats=3, budget_s=1.0, on_device=True
+        )
+        assert methods == {"eager": "events", "routing": "events"}
+        assert set(timings) == set(methods)
+        assert "no capture" in capsys.readouterr().out
+
+
+class TestBenchStartup:
+    def test_dry_run(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(bench_startup, "RESULTS", tmp_path / "none.json")
+        path = tmp_path / "startup.json"
+        args = ["--dry-run", "--repeats", "1", "--cold-repeats", "1", "--recipes", "bf16"]
+        assert bench_startup.main([*args, "--tokens", "2", "--out", str(path)]) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert [(r["op"], r.get("variant")) for r in rows] == [
+            ("import_cumoe", None),
+            ("first_call", "cold"),
+            ("first_call", "warm"),
+            ("second_call", None),
+        ]
+        assert [r["recipe"] for r in rows] == [None, "bf16", "bf16", "bf16"]
+
+    def test_cold_calls_have_empty_caches_and_warm_ones_share_one(self, monkeypatch):
+        folders = []
+
+        def run_worker(job, CUMOE_CACHE_DIR):
+            folders.append(CUMOE_CACHE_DIR)
+            return {"first_us": 10.0 * len(folders), "second_us": 1.0}
+
+        monkeypatch.setattr(bench_startup, "run_worker", run_worker)
+        job = {"model": "tiny", "recipe": "bf16", "num_tokens": 2, "task": "first_call"}
+        cold, warm, second = bench_startup.first_calls(job, 2, 3)
+        assert folders[0] != folders[1] and set(folders[2:]) == {folders[0]}
+        assert (cold["us"], warm["us"], second["us"]) == (15.0, 40.0, 1.0)
+
+    def test_a_process_that_fails_is_reported(self):
+        with pytest.raises(RuntimeError, match="no such thing"):
+            bench_startup.run_fresh(["-c", "raise SystemExit('no such thing')"])
+
+    def test_the_install_row_outlives_other_runs(self, tmp_path, monkeypatch):
+        path = tmp_path / "startup.json"
+        monkeypatch.setattr(bench_startup, "RESULTS", path)
+        size = bench_error.check_row(
+            {"op": "install_size", "model": None, "recipe": None, "num_tokens": 0, "num_gpus": 1}
+            | {"variant": "cu12", "mbytes": 600.0, "largest_mbytes": {}}
+        )
+        monkeypatch.setattr(bench_startup, "install_row", lambda extra: size | {"variant": extra})
+        assert bench_startup.main(["--install-size"]) == 0
+        first = json.loads(path.read_text())
+        call = size | {
+            "op": "first_call",
+            "variant": "cold",
+            "us": 2.0,
+            "us_min": 1.0,
+            "us_max": 3.0,
+        }
+        monkeypatch.setattr(bench_startup, "startup_rows", lambda args: [call])
+        assert bench_startup.main(["--dry-run", "--out", str(path)]) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert [r["op"] for r in rows] == ["install_size", "first_call"]
+        assert (rows[0]["mbytes"], rows[0]["date"]) == (600.0, first["date"])
+        assert bench_startup.main(["--install-size", "cu13"]) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert [(r["op"], r["variant"]) for r in rows] == [
+            ("first_call", "cold"),
+            ("install_size", "cu13"),
+        ]
+
+
+@pytest.mark.gpu
+class TestDevice:
+    def test_error_bench(self, tmp_path):
+        path = tmp_path / "error.json"
+        args = ["--models", "tiny", "--tokens", "1", "70", "--out", str(path)]
+        assert bench_error.main(args) == 0
+        assert len(json.loads(path.read_text())["rows"]) == 4
+
+    def test_layer_bench(self, tmp_path):
+        path = tmp_path / "layer.json"
+        args = ["--models", "tiny", "--tokens", "1", "70", "--repeats", "3", "--out", str(path)]
+        assert bench_layer.main(args) == 0
+        found = json.loads(path.read_text())
+        assert found["copy_tbps"] > 0
+        variants = {r.get("variant") for r in found["rows"] if r["op"] == "layer"}
+        assert variants == {"eager", "graph"}
+
+    def test_peers(self):
+        pytest.importorskip("torch")
+        import cupy
+
+        weights = make_weights(TINY, "bf16", cupy, seed=0)
+        (call, *_) = bench_layer.make_sets(cupy, TINY, weights, 7, 0)
+        peers = bench_layer.torch_peers(call)
+        assert list(peers) == ["torch gemm1", "torch gemm2"]
+
+    def test_first_call_and_compile(self):
+        figures = bench_startup.first_call("tiny", "fp8_block", 2, "cupy")
+        assert figures["first_us"] > 0 and figures["second_us"] > 0
+        assert all(us > 0 for us in bench_startup.compile_times("tiny", "bf16", 2).values())
+
+
+def test_arguments_are_the_ones_the_code_reads():
+    for module in (bench_layer, bench_error, bench_startup):
+        args = module._parser().parse_args(["--dry-run"])
+        assert isinstance(args, argparse.Namespace) and args.dry_run and args.out is None

@@ -1,0 +1,159 @@
+"""Every shipped kernel configuration compiles for every architecture, unspilled and within limits.
+
+Needs NVRTC but neither a GPU nor a driver. Cubins go to the user's cache, so a second run is quick.
+Grouped GEMMs that gather without gating, or the reverse, are compiled for sm_90a alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import cumoe
+from cumoe import Routing, RoutingMethod, kernels, tuning
+from cumoe.config import Activation
+from cumoe.launch import KERNEL_DIR, KernelSpec, compile_cubin, smem_limit
+from cumoe.tuning import GroupedGemmProblem
+from tests.helpers import BF16, DTYPES, F32, FP8
+
+ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+FLOATS = ("bfloat16", "float16", "float32")
+
+ROUTING_SIZES = [
+    (8, 2, 4, "float32"),
+    (160, 6, 8, "bfloat16"),
+    (256, 8, 8, "float32"),
+    (2048, 32, 64, "float32"),
+]
+"""Experts, top-k, groups, and dtype of the logits."""
+
+MAX_REGISTERS = {
+    "finalize": 32,
+    "permute_count": 32,
+    "permute_place": 40,
+    "permute_scan": 48,
+    "quantize_fp8_block": 40,
+    "quantize_fp8_weights": 120,
+    "routing_topk": 160,
+    "sm80_grouped_gemm": 255,
+    "swiglu": 48,
+    "topk_expand": 24,
+}
+"""Registers a thread may take: the most over all architectures with NVRTC 12.9, rounded up to a
+multiple of eight."""
+
+
+class Shipped(NamedTuple):
+    """A kernel configuration and the dynamic shared memory of its launch."""
+
+    spec: KernelSpec
+    smem_bytes: int = 0
+
+
+def routing_specs() -> Iterator[Shipped]:
+    """Yield each method at a small, a usual and the largest size."""
+    for method, (experts, top_k, groups, dtype) in itertools.product(RoutingMethod, ROUTING_SIZES):
+        grouped = method is RoutingMethod.DEEPSEEK_V3
+        routing = Routing(
+            method,
+            num_experts=experts,
+            top_k=1 if method is RoutingMethod.LLAMA4 else top_k,
+            num_groups=groups if grouped else 1,
+            top_groups=groups // 2 if grouped else 1,
+            num_shared_experts=top_k % 4 // 2,
+            weights_dtype="bfloat16" if dtype == "bfloat16" else "float32",
+            bias_round_bf16=dtype == "bfloat16",
+        )
+        yield Shipped(kernels.routing_spec(routing, dtype, "float32"))
+
+
+def elementwise_specs() -> Iterator[Shipped]:
+    """Yield expansion, permutation, quantisation, activation and finalize for all their dtypes."""
+    ids, scale = np.zeros((1, 2), np.int32), np.zeros((1, 2), F32)
+    for given in (None, scale, scale.astype(BF16)):
+        weights = scale.astype(BF16) if given is None else given
+        yield Shipped(kernels.topk_expand(ids, given, ids, weights, 8).spec)
+    permutation = cumoe.group(ids, num_experts=8, tile=16)
+    experts = dict.fromkeys(("num_experts", "num_shared", "expert_offset", "num_local_routed"), 8)
+    yield from (Shipped(launch.spec) for launch in kernels.permute(ids, permutation, ids, experts))
+    codes = np.zeros((1, 1, 256), FP8)
+    for dtype in FLOATS:
+        x = np.zeros((1, 1, 256), DTYPES[dtype])
+        yield Shipped(kernels.quantize_fp8_block(x[0], codes[0], scale).spec)
+        yield Shipped(kernels.quantize_fp8_weights(x, codes, scale).spec)
+    for source, target, interleaved in itertools.product(
+        (*FLOATS, FP8.name), (*FLOATS, FP8.name), (False, True)
+    ):
+        if source != FP8.name or not interleaved:
+            x, y = (np.zeros((1, 256), DTYPES[dtype]) for dtype in (source, target))
+            launch = kernels.swiglu(
+                x,
+                scale if source == FP8.name else None,
+                y,
+                scale if target == FP8.name else None,
+                gate_first=True,
+                interleaved=interleaved,
+                activation=Activation(),
+                permutation=None,
+            )
+            yield Shipped(launch.spec)
+    for rows, weights, out in itertools.product(FLOATS, ("float32", "bfloat16"), FLOATS):
+        arrays = (np.zeros((1, 8), DTYPES[dtype]) for dtype in (rows, weights))
+        launch = kernels.finalize(*arrays, ids, np.zeros((1, 8), DTYPES[out]))
+        yield Shipped(launch.spec)
+
+
+def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
+    """Yield the preferred configuration of every problem, and all that a layer's could have."""
+    limit = smem_limit(arch)
+    for dtype, out, gated, gather in itertools.product(
+        ("bfloat16", "float16", FP8.name), (*FLOATS, FP8.name), (False, True), (False, True)
+    ):
+        if (out == FP8.name and not gated) or (gated != gather and arch != "sm_90a"):
+            continue
+        in_layer = gated == gather and (dtype, out) in (
+            ("bfloat16", "bfloat16"),
+            (FP8.name, FP8.name if gated else "bfloat16"),
+        )
+        for tile in tuning.tiles(dtype):
+            problem = GroupedGemmProblem(dtype, out, gated, gather, tile)
+            legal = tuning.candidates(problem, limit)
+            assert legal, f"nothing runs {problem} on {arch}"
+            for config in legal if in_layer else legal[:1]:
+                spec = kernels.grouped_gemm_spec(problem, config)
+                yield Shipped(spec, tuning.smem_bytes(config, problem))
+
+
+def shipped(arch: str) -> list[Shipped]:
+    """Return what can run on an architecture, each configuration once."""
+    every = (*routing_specs(), *elementwise_specs(), *grouped_gemm_specs(arch))
+    return list(dict.fromkeys(every))
+
+
+def parameters() -> list[object]:
+    """Return the parameter sets of the test, each with a name that says what is compiled."""
+    return [
+        pytest.param(arch, item, id=" ".join([arch, item.spec.name, *map(str, values)]))
+        for arch in ARCHS
+        for item in shipped(arch)
+        for values in [dict(item.spec.defines).values()]
+    ]
+
+
+@pytest.mark.parametrize(("arch", "item"), parameters())
+def test_compiles(arch: str, item: Shipped) -> None:
+    resources = compile_cubin(item.spec, arch).resources
+    assert resources.spill_store_bytes == resources.spill_load_bytes == resources.stack_bytes == 0
+    assert resources.registers <= MAX_REGISTERS[item.spec.name]
+    assert item.smem_bytes + resources.static_smem_bytes <= smem_limit(arch)
+    if item.spec.name == "sm80_grouped_gemm":
+        assert resources.static_smem_bytes <= tuning.STATIC_SMEM_BYTES
+
+
+def test_every_portable_kernel_is_compiled() -> None:
+    stems = {path.stem for path in KERNEL_DIR.glob("*.cu") if not path.stem.startswith("sm90_")}
+    assert stems == {item.spec.name for item in shipped("sm_90a")} == set(MAX_REGISTERS)
