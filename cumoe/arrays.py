@@ -164,12 +164,13 @@ def _import_host(x: Any, name: str) -> tuple[np.ndarray, str]:
     except (BufferError, RuntimeError, TypeError):
         try:
             array = np.asarray(x)
-        except (TypeError, RuntimeError) as error:
-            raise TypeError(
-                f"{name}: a host array of dtype {dtype_name(x)} from "
-                f"{type(x).__module__.split('.')[0]} has no NumPy view; pass its integer view "
-                "with .view(ml_dtypes dtype)"
-            ) from error
+        except (TypeError, RuntimeError):
+            array = np.asarray(None)
+    if array.dtype == object:
+        raise TypeError(
+            f"{name}: expected a host array that NumPy can view, got dtype {dtype_name(x)} of "
+            f"{type(x).__module__.split('.')[0]}; pass its integer view with .view(ml_dtypes dtype)"
+        )
     return array, dtype_name(array)
 
 

@@ -10,14 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from cumoe import kernels
+from cumoe import kernels, kernels_sm90
 from cumoe.arrays import FP8, as_native, dtype_name, is_device, same_place
 from cumoe.config import Activation, Array, Permutation, Quantized, check_choice
-from cumoe.launch import get_device
+from cumoe.launch import Device, KernelSpec, get_device
 from cumoe.layouts import GATE_UP_ORDERS, WEIGHT_LAYOUTS, half_slices
 from cumoe.reference import grouped_gemm as reference
 from cumoe.reference.quantize import dequantize
-from cumoe.tuning import GroupedGemmConfig, GroupedGemmProblem, select_config, why_illegal
+from cumoe.tuning import (
+    SM90_ARCH,
+    GroupedGemmConfig,
+    GroupedGemmProblem,
+    Sm90Config,
+    runs_sm90,
+    select_gemm,
+    why_illegal,
+    why_illegal_sm90,
+)
 from cumoe.validate import (
     FLOATS,
     HALVES,
@@ -43,7 +52,7 @@ def grouped_gemm(
     layout: str = "major_k",
     out_dtype: str = "bfloat16",
     out: Any = None,
-    config: GroupedGemmConfig | None = None,
+    config: GroupedGemmConfig | Sm90Config | None = None,
 ) -> Array | Quantized:
     """Multiply each expert's rows by that expert's matrix.
 
@@ -61,7 +70,8 @@ def grouped_gemm(
         halves as :class:`ExpertWeights` says.
     permutation : Permutation
         From :func:`group`; on a device its ``tile`` must be a height the kernels have: 16, 32, 64,
-        or 128 for 16-bit types.
+        or 128 for 16-bit types; on Hopper also ``tuning.sm90_tiles()`` for fp8 with fp8 output
+        (with `gate_up_order`) or bfloat16 output (without).
     gather : bool
         Rows of x are tokens rather than permuted rows.
     gate_up_order : {"gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved"}, optional
@@ -73,8 +83,8 @@ def grouped_gemm(
         ``"float8_e4m3fn"`` (with `gate_up_order`) requantises with one scale per row and 128
         columns.
     out : array or Quantized, optional
-    config : GroupedGemmConfig, optional
-        Overrides :func:`cumoe.tuning.select_config`.
+    config : GroupedGemmConfig or Sm90Config, optional
+        Chooses the kernel and its configuration instead of :func:`cumoe.tuning.select_gemm`.
 
     Returns
     -------
@@ -112,7 +122,7 @@ def grouped_gemm(
         raise ValueError(f"x: expected {permutation.max_rows} permuted rows, got {a.shape[0]}")
     act = check_activation(activation, num_local)
     if config is not None:
-        check_type("config", config, GroupedGemmConfig, "a GroupedGemmConfig or None")
+        check_type("config", config, (GroupedGemmConfig, Sm90Config), "a config or None")
     inputs: dict[str, Array | None] = {
         "x": a,
         "x.scale": a_scale,
@@ -132,7 +142,7 @@ def grouped_gemm(
         permutation.tile,
     )
     if is_device(a):
-        config = _check_config(config, problem, get_device(a.device.id).max_smem_bytes)
+        config = _check_config(config, problem, get_device(a.device.id))
     y, y_scale = activation_outputs(a, out, out_dtype, shape, inputs)
     check_aligned({"x": a, "weight": operand.values, "out": y})
     if is_device(a):
@@ -152,15 +162,47 @@ def grouped_gemm(
     return y if y_scale is None else Quantized(y, y_scale)
 
 
-plan_gemm = kernels.grouped_gemm
+def gemm_spec(problem: GroupedGemmProblem, config: GroupedGemmConfig | Sm90Config) -> KernelSpec:
+    """Return the kernel that a configuration stands for."""
+    if isinstance(config, Sm90Config):
+        return kernels_sm90.grouped_gemm_spec(config, gated=problem.gated, gather=problem.gather)
+    return kernels.grouped_gemm_spec(problem, config)
+
+
+def plan_gemm(
+    a: Array,
+    a_scale: Array | None,
+    operand: kernels.GemmOperand,
+    out: Array,
+    out_scale: Array | None,
+    permutation: Permutation,
+    problem: GroupedGemmProblem,
+    config: GroupedGemmConfig | Sm90Config,
+    activation: Activation,
+) -> kernels.Launch:
+    """Return the launch of a checked problem."""
+    if not isinstance(config, Sm90Config):
+        return kernels.grouped_gemm(
+            a, a_scale, operand, out, out_scale, permutation, problem, config, activation
+        )
+    num_sms = get_device(int(a.device.id)).num_sms
+    return kernels_sm90.grouped_gemm(
+        a, a_scale, operand, out, out_scale, permutation, config, activation, num_sms,
+        gather=problem.gather,
+    )  # fmt: skip
 
 
 def _check_config(
-    config: GroupedGemmConfig | None, problem: GroupedGemmProblem, smem_limit: int
-) -> GroupedGemmConfig:
+    config: Any, problem: GroupedGemmProblem, device: Device
+) -> GroupedGemmConfig | Sm90Config:
     if config is None:
-        return select_config(problem, smem_limit)
-    reason = why_illegal(config, problem, smem_limit)
+        return select_gemm(problem, device.arch, device.max_smem_bytes)
+    if isinstance(config, GroupedGemmConfig):
+        reason = why_illegal(config, problem, device.max_smem_bytes)
+    elif device.arch != SM90_ARCH or not runs_sm90(problem):
+        reason = f"the {SM90_ARCH} kernel does not run {problem} on {device.arch}"
+    else:
+        reason = why_illegal_sm90(config, problem)
     if reason is not None:
         raise ValueError(f"config: {reason}")
     return config

@@ -28,7 +28,8 @@ from cumoe.tuning import (
     SM90_ARCH,
     GroupedGemmConfig,
     GroupedGemmProblem,
-    select_config,
+    Sm90Config,
+    select_gemm,
     select_sm90_tile,
     select_tile,
     sm90_tiles,
@@ -140,8 +141,8 @@ def check_layer(
     same_place({"weights": weights.w13, **activation_arrays(act)})
     spec = LayerSpec(weights, routing, experts, shared, local, act)
     if weights.is_device:
-        limit = get_device(int(weights.w13.device.id)).max_smem_bytes
-        gemm_configs(spec, tiles(str(weights.dtype))[-1], limit)
+        device = get_device(int(weights.w13.device.id))
+        gemm_configs(spec, spec.tiles(device.arch)[-1], device.arch, device.max_smem_bytes)
     return spec
 
 
@@ -208,12 +209,15 @@ def check_call(
 
 
 def gemm_configs(
-    spec: LayerSpec, tile: int, max_smem_bytes: int
-) -> list[tuple[GroupedGemmProblem, GroupedGemmConfig]]:
+    spec: LayerSpec, tile: int, arch: str, max_smem_bytes: int
+) -> list[tuple[GroupedGemmProblem, GroupedGemmConfig | Sm90Config]]:
     """Return problem and configuration of the two GEMMs."""
     dtype = str(spec.weights.dtype)
     problems = (
         GroupedGemmProblem(dtype, FP8 if spec.fp8 else "bfloat16", True, True, tile),
         GroupedGemmProblem(dtype, "bfloat16", False, False, tile),
     )
-    return [(problem, select_config(problem, max_smem_bytes)) for problem in problems]
+    return [
+        (problem, select_gemm(problem, arch, max_smem_bytes, portable=spec.portable))
+        for problem in problems
+    ]

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from cumoe import kernels, kernels_sm90
+from cumoe import kernels
 from cumoe.arrays import DTYPES, FP8, address, dtype_name
 from cumoe.config import Activation, Array, ExpertParts
+from cumoe.grouped_gemm import gemm_spec, plan_gemm
 from cumoe.launch import KernelSpec, get_device, smem_limit
 from cumoe.layer_call import LayerCall, LayerSpec, gemm_configs
 from cumoe.permutation import plan_group
 from cumoe.tuning import (
     GroupedGemmConfig,
     Sm90Config,
-    select_sm90_config,
 )
 from cumoe.weights import ExpertWeights
 
@@ -150,31 +150,14 @@ class DevicePlan:
         self, x: Array, x_scale: Array | None, act: Array, act_scale: Array | None, rows: Array
     ) -> tuple[kernels.Launch, kernels.Launch]:
         spec, p, device = self._spec, self.permutation, self._device
-        w13, w2 = operands(spec.weights)
-        if spec.runs_sm90(device.arch):
-            first, second = (select_sm90_config(self.tile, gated) for gated in (True, False))
-            self.configs = {"gemm1": first, "gemm2": second}
-            return (
-                kernels_sm90.grouped_gemm(
-                    x, x_scale, w13, act, act_scale, p, first, spec.activation, device.num_sms,
-                    gather=True,
-                ),
-                kernels_sm90.grouped_gemm(
-                    act, act_scale, w2, rows, None, p, second, Activation(), device.num_sms,
-                    gather=False,
-                ),
-            )  # fmt: skip
         (problem1, config1), (problem2, config2) = gemm_configs(
-            spec, self.tile, device.max_smem_bytes
+            spec, self.tile, device.arch, device.max_smem_bytes
         )
         self.configs = {"gemm1": config1, "gemm2": config2}
+        w13, w2 = operands(spec.weights)
         return (
-            kernels.grouped_gemm(
-                x, x_scale, w13, act, act_scale, p, problem1, config1, spec.activation
-            ),
-            kernels.grouped_gemm(
-                act, act_scale, w2, rows, None, p, problem2, config2, Activation()
-            ),
+            plan_gemm(x, x_scale, w13, act, act_scale, p, problem1, config1, spec.activation),
+            plan_gemm(act, act_scale, w2, rows, None, p, problem2, config2, Activation()),
         )
 
     def run(self, call: LayerCall, stream_ptr: int) -> None:
@@ -210,15 +193,8 @@ def operands(weights: ExpertWeights) -> tuple[kernels.GemmOperand, kernels.GemmO
 
 def gemm_specs(spec: LayerSpec, tile: int, arch: str) -> list[KernelSpec]:
     """Return the kernels of the two GEMMs for a tile height on an architecture."""
-    if spec.runs_sm90(arch):
-        return [
-            kernels_sm90.grouped_gemm_spec(
-                select_sm90_config(tile, gated), gated=gated, gather=gated
-            )
-            for gated in (True, False)
-        ]
-    configs = gemm_configs(spec, tile, smem_limit(arch))
-    return [kernels.grouped_gemm_spec(problem, config) for problem, config in configs]
+    configs = gemm_configs(spec, tile, arch, smem_limit(arch))
+    return [gemm_spec(problem, config) for problem, config in configs]
 
 
 def expert_buffers(

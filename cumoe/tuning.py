@@ -186,9 +186,47 @@ def select_sm90_config(tile: int, gated: bool) -> Sm90Config:
     raise ValueError(f"tile: expected one of {sm90_tiles()}, got {tile}")
 
 
+def why_illegal_sm90(config: Sm90Config, problem: GroupedGemmProblem) -> str | None:
+    """Return why the Hopper kernel cannot run `problem` with `config`, or None if it can."""
+    if config.cluster not in (1, 2):
+        return f"cluster = {config.cluster}: expected 1 or 2"
+    if config.block_n not in sm90_tiles():
+        return f"block_n = {config.block_n}: expected one of {sm90_tiles()}"
+    if config.block_n * config.cluster < problem.tile:
+        return f"{config.cluster} blocks of {config.block_n} do not hold a tile of {problem.tile}"
+    if config.num_stages < 2:
+        return f"num_stages = {config.num_stages}: the pipeline needs 2"
+    needed = sm90_smem_bytes(config, problem.gated)
+    if needed > SM90_SMEM_BYTES:
+        return f"{needed} bytes of shared memory: a block may have {SM90_SMEM_BYTES}"
+    return None
+
+
 def sm90_tiles() -> tuple[int, ...]:
     """Return the row tile heights of the Hopper kernels: whole boxes of tokens."""
     return (*range(8, 65, 8), *range(80, SM90_MAX_BLOCK_N + 1, 16))
+
+
+def runs_sm90(problem: GroupedGemmProblem) -> bool:
+    """Tell whether ``sm90_fp8_grouped_gemm`` runs a problem: those of a layer's two GEMMs."""
+    output = "float8_e4m3fn" if problem.gated else "bfloat16"
+    fp8 = problem.dtype == "float8_e4m3fn"
+    return fp8 and problem.output_dtype == output and problem.tile in sm90_tiles()
+
+
+def select_gemm(
+    problem: GroupedGemmProblem, arch: str, max_smem_bytes: int, *, portable: bool = False
+) -> GroupedGemmConfig | Sm90Config:
+    """Return the kernel and configuration for a problem: Hopper's own where there is one.
+
+    Raises
+    ------
+    ValueError
+        If no configuration can run the problem.
+    """
+    if not portable and arch == SM90_ARCH and runs_sm90(problem):
+        return select_sm90_config(problem.tile, problem.gated)
+    return select_config(problem, max_smem_bytes)
 
 
 def select_sm90_tile(num_slots: int, num_experts: int) -> int:

@@ -48,7 +48,7 @@ def from_torch():
     if device == "cuda":
         import cupy
 
-        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+        stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream())
     with stream:
         y = run("PyTorch", convert, out=out)
     assert y is out

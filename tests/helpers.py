@@ -137,15 +137,16 @@ def to_backend(x: Any, backend: str) -> Any:
     if isinstance(x, ExpertWeights):
         return x.to_device()
     if isinstance(x, Quantized):
-        values, scale = (to_backend(a, backend) for a in (x.values, x.scale))
-        return Quantized(values, scale, block=x.block)
+        payload, scale = (to_backend(a, backend) for a in (x.values, x.scale))
+        return Quantized(payload, scale, block=x.block)
     if isinstance(x, Activation):
-        values = (to_backend(getattr(x, field), backend) for field in ("alpha", "beta", "limit"))
-        return Activation(x.name, *values)
+        fields = (to_backend(getattr(x, field), backend) for field in ("alpha", "beta", "limit"))
+        return Activation(x.name, *fields)
     if isinstance(x, dict):
         return {name: to_backend(value, backend) for name, value in x.items()}
     if isinstance(x, tuple):
-        return type(x)(*(to_backend(value, backend) for value in x))
+        values = [to_backend(value, backend) for value in x]
+        return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
     if not isinstance(x, np.ndarray):
         return x
     import cupy
@@ -162,7 +163,8 @@ def to_host(x: Any) -> Any:
         values = to_host(x.values)
         return Quantized(values.view(FP8), to_host(x.scale), block=x.block)
     if isinstance(x, tuple):
-        return type(x)(*(to_host(value) for value in x))
+        values = [to_host(value) for value in x]
+        return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
     if isinstance(x, (np.ndarray, int)):
         return x
     import cupy

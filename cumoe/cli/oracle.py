@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from cumoe.arrays import is_device
 from cumoe.cli.problem import Problem
 from cumoe.config import Array
+from cumoe.launch import get_device
 from cumoe.reference import activation as reference_activation
 from cumoe.reference import routing as reference_routing
 from cumoe.reference.quantize import dequantize, quantize_fp8_block
+from cumoe.tuning import SM90_ARCH
 
 MAX_ERROR = 2.0**-5
 """Bound of the largest error: four steps of bfloat16, a step being at most 2**-7 of a value. Sums
@@ -28,6 +30,11 @@ in another order flip single roundings: of the result, of a row, of an activatio
 RMS_ERROR = 2.0**-9
 """Bound of the RMS error, a quarter of such a step. Activations that were not rounded to fp8, or by
 a wrong scale, would exceed it ten times."""
+
+WGMMA_MAX_ERROR, WGMMA_RMS_ERROR = 2.0**-4, 2.0**-7
+"""The bounds where Hopper's fp8 tensor cores multiply: they keep fewer bits than float32 of a sum
+over 128 products (a relative error of 1.5e-4 was measured on an H200), so one activation in a
+hundred is rounded to its fp8 neighbour."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class Comparison:
         Largest ``|y - oracle| / max(rms(oracle), |oracle|)``.
     rms_error : float
         ``rms(y - oracle) / rms(oracle)``.
+    max_bound, rms_bound : float
+        What the errors may be.
     """
 
     num_tokens: int
@@ -52,11 +61,14 @@ class Comparison:
     wrong_ids: int
     max_error: float
     rms_error: float
+    max_bound: float = MAX_ERROR
+    rms_bound: float = RMS_ERROR
 
     @property
     def passed(self) -> bool:
         """Whether ids are right and errors within bounds; a NaN is not."""
-        return self.wrong_ids == 0 and self.max_error <= MAX_ERROR and self.rms_error <= RMS_ERROR
+        close = self.max_error <= self.max_bound and self.rms_error <= self.rms_bound
+        return self.wrong_ids == 0 and close
 
 
 def compare(problem: Problem, y: Array, ids: Array, *, num_samples: int = 16) -> Comparison:
@@ -87,7 +99,17 @@ def compare(problem: Problem, y: Array, ids: Array, *, num_samples: int = 16) ->
         wrong_ids=int((_to_host(ids) != expected_ids).sum()),
         max_error=float((error / np.maximum(rms, np.abs(oracle))).max()),
         rms_error=float(np.sqrt(np.mean(error**2)) / rms),
+        max_bound=WGMMA_MAX_ERROR if _is_wgmma(problem) else MAX_ERROR,
+        rms_bound=WGMMA_RMS_ERROR if _is_wgmma(problem) else RMS_ERROR,
     )
+
+
+def _is_wgmma(problem: Problem) -> bool:
+    """Tell whether Hopper's fp8 tensor cores computed the result."""
+    weights = problem.weights
+    if problem.recipe != "fp8_block" or not weights.is_device:
+        return False
+    return get_device(int(weights.w13.device.id)).arch == SM90_ARCH
 
 
 def _layer_rows(

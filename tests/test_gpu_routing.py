@@ -1,0 +1,146 @@
+"""The routing kernel against its twin, to the bit: every method, many sizes, odd logits."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+import cumoe
+from cumoe import Routing, RoutingMethod, kernels
+from cumoe.reference import routing as reference
+from tests.helpers import BF16, Poisoned, precompile, to_backend, to_host, words
+
+pytestmark = pytest.mark.gpu
+
+SIZES = {
+    8: (2, 4, 2),
+    72: (6, 9, 3),
+    96: (8, 3, 2),
+    160: (6, 8, 3),
+    256: (8, 8, 4),
+    384: (8, 1, 1),
+    512: (10, 16, 4),
+    1024: (32, 32, 8),
+    2048: (32, 64, 16),
+}
+"""Experts -> top-k, and DeepSeek's groups and top groups."""
+
+TOKENS = (1, 7, 150, 1000)
+BIASED = (RoutingMethod.DEEPSEEK_V3, RoutingMethod.MINIMAX2)
+
+
+def routing_of(method: RoutingMethod, num_experts: int, dtype: str) -> Routing:
+    """Return a routing with varied options."""
+    top_k, groups, top_groups = SIZES[num_experts]
+    grouped = method is RoutingMethod.DEEPSEEK_V3
+    half = dtype == "bfloat16"
+    return Routing(
+        method,
+        num_experts=num_experts,
+        top_k=1 if method is RoutingMethod.LLAMA4 else top_k,
+        num_groups=groups if grouped else 1,
+        top_groups=top_groups if grouped else 1,
+        scaling_factor=2.5 if half else 1.0,
+        normalize=False if half and method is RoutingMethod.SIGMOID_RENORM else None,
+        num_shared_experts=num_experts % 5,
+        weights_dtype="bfloat16" if num_experts % 3 == 0 else "float32",
+        bias_round_bf16=half,
+    )
+
+
+CASES = list(itertools.product(RoutingMethod, SIZES, ("float32", "bfloat16")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Compile all kernels of this file in parallel."""
+    precompile(
+        kernels.routing_spec(routing_of(method, experts, dtype), dtype, bias)
+        for method, experts, dtype in CASES
+        for bias in ("float32", None)
+    )
+
+
+def awkward_logits(rng: np.random.Generator, num_tokens: int, num_experts: int) -> np.ndarray:
+    """Draw logits; every eighth rows hold ties, zeros of both signs, NaN, infinities, extremes."""
+    x = rng.standard_normal((num_tokens, num_experts), np.float32) * 3
+    x[1::8] = np.round(x[1::8])
+    x[2::8] = np.where(x[2::8] > 0, np.float32(0.0), np.float32(-0.0))
+    x[3::8][x[3::8] > 2] = np.nan
+    x[4::8][x[4::8] > 4] = np.inf
+    x[4::8][x[4::8] < -2] = -np.inf
+    x[5::8] *= np.float32(1e37)
+    x[6::8] *= np.float32(1e-39)
+    x[7::16], x[15::32], x[31::32] = -np.inf, np.nan, np.inf
+    return x
+
+
+def assert_same(got: cumoe.TopK, want: cumoe.TopK) -> None:
+    """Compare ids and weights to the bit; a NaN may have any bits."""
+    ids, weights = to_host(got)
+    np.testing.assert_array_equal(ids, want.ids)
+    assert weights.dtype == want.weights.dtype
+    nan = np.isnan(want.weights.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(weights.astype(np.float32)), nan)
+    np.testing.assert_array_equal(words(weights)[~nan], words(want.weights)[~nan])
+
+
+@pytest.mark.parametrize(
+    ("method", "num_experts", "dtype"), CASES, ids=lambda v: getattr(v, "value", v)
+)
+def test_same_bits_as_twin(rng, method, num_experts, dtype):
+    routing = routing_of(method, num_experts, dtype)
+    logits = awkward_logits(rng, max(TOKENS), num_experts)
+    logits = logits.astype(BF16 if dtype == "bfloat16" else np.float32)
+    bias = rng.uniform(-0.5, 0.5, num_experts).astype(np.float32)
+    for given in (bias, None) if method in BIASED else (bias,):
+        want = reference.route(logits, routing, bias=given)
+        device_bias = to_backend(given, "cupy")
+        for count in TOKENS:
+            x = to_backend(logits[:count], "cupy")
+            got = cumoe.route(x, routing, bias=device_bias)
+            assert_same(got, cumoe.TopK(want.ids[:count], want.weights[:count]))
+
+
+@pytest.mark.parametrize("bias_dtype", [np.float32, BF16])
+def test_bias_that_is_no_number(rng, bias_dtype):
+    routing = routing_of(RoutingMethod.DEEPSEEK_V3, 160, "float32")
+    logits = awkward_logits(rng, 100, 160)
+    bias = rng.standard_normal(160).astype(bias_dtype)
+    bias[[3, 20, 21, 90]] = [np.nan, np.inf, -np.inf, -np.inf]
+    got = cumoe.route(to_backend(logits, "cupy"), routing, bias=to_backend(bias, "cupy"))
+    assert_same(got, reference.route(logits, routing, bias=bias))
+
+
+def test_groups_of_one_expert(rng):
+    routing = Routing("deepseek_v3", num_experts=64, top_k=4, num_groups=64, top_groups=5)
+    logits = awkward_logits(rng, 100, 64)
+    got = cumoe.route(to_backend(logits, "cupy"), routing)
+    assert_same(got, reference.route(logits, routing))
+
+
+@pytest.mark.parametrize("method", [RoutingMethod.DEFAULT, RoutingMethod.DEEPSEEK_V3])
+def test_replay_guards_and_repeats(rng, method):
+    routing = routing_of(method, 256, "float32")
+    logits = awkward_logits(rng, 333, 256)
+    want = reference.route(logits, routing)
+    columns = routing.total_top_k
+    for _ in range(3):
+        ids, weights, replay = (
+            Poisoned((rows, width), dtype, "cupy")
+            for rows, width, dtype in (
+                (333, columns, "i4"),
+                (333, columns, routing.weights_dtype),
+                (340, routing.top_k, "i2"),
+            )
+        )
+        out = cumoe.TopK(ids.array, weights.array)
+        cumoe.route(to_backend(logits, "cupy"), routing, out=out, replay_out=replay.array)
+        for poisoned in (ids, weights, replay):
+            poisoned.check_guards()
+        assert_same(out, want)
+        written = to_host(replay.array)
+        np.testing.assert_array_equal(written[:333], want.ids[:, : routing.top_k])
+        assert (written[333:] == -1).all()
