@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from cumoe import Activation, ExpertWeights, Quantized
-from cumoe.launch import KernelSpec, current_device, warmup
+from cumoe.arrays import is_device
+from cumoe.launch import KernelSpec, current_device, get_device, warmup
+from cumoe.tuning import SM90_ARCH
 
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
@@ -60,7 +62,12 @@ TOLERANCES = {
     "layer fp8_block": Tolerance(
         0.05, 0.01, "as bf16, and an fp8 activation may go to a neighbour, 1/8 of it away"
     ),
+    "layer fp8_block wgmma": Tolerance(
+        0.125, 0.0125, "the tensor cores' sums differ by 1.5e-4: 1 activation in 100 goes there"
+    ),
 }
+"""The last: Hopper's fp8 tensor cores keep fewer bits of a sum over 128 products than float32. On
+an H200 the portable kernels and these differ by 0.067 (largest) and 0.0045 (rms) at most."""
 
 
 def relative_errors(actual: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
@@ -98,6 +105,9 @@ def assert_close_blocks(
     experts : numpy.ndarray, shape (num_rows,), optional
         The expert of each row.
     """
+    if tolerance == "layer fp8_block" and is_device(actual):
+        hopper = get_device(int(actual.device.id)).arch == SM90_ARCH
+        tolerance += " wgmma" if hopper else ""
     limit = TOLERANCES[tolerance]
     got = to_host(actual).astype(np.float64)
     want = np.asarray(reference).astype(np.float64)
@@ -130,12 +140,14 @@ def words(x: Any) -> Any:
 def to_backend(x: Any, backend: str) -> Any:
     """Hand arrays, and containers of them, to a backend; column-major stays column-major.
 
-    CuPy takes fp8 as uint8 and bfloat16 as it is.
+    CuPy takes fp8 as uint8 and bfloat16 as it is. Waits for the copies, so any stream may use them.
     """
     if backend == "numpy" or x is None or isinstance(x, (str, int, float)):
         return x
     if isinstance(x, ExpertWeights):
-        return x.to_device()
+        weights = x.to_device()
+        _wait()
+        return weights
     if isinstance(x, Quantized):
         payload, scale = (to_backend(a, backend) for a in (x.values, x.scale))
         return Quantized(payload, scale, block=x.block)
@@ -154,7 +166,16 @@ def to_backend(x: Any, backend: str) -> Any:
     if x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous:
         return to_backend(x.T, backend).T
     dtype = np.dtype(np.uint8) if x.dtype == FP8 else x.dtype
-    return cupy.asarray(np.ascontiguousarray(words(x))).view(dtype)
+    native = cupy.asarray(np.ascontiguousarray(words(x))).view(dtype)
+    _wait()
+    return native
+
+
+def _wait() -> None:
+    """Wait for what is queued on CuPy's current stream."""
+    import cupy
+
+    cupy.cuda.get_current_stream().synchronize()
 
 
 def to_host(x: Any) -> Any:

@@ -42,15 +42,15 @@ struct Params {
   int64_t a_scale_block_stride;
   int64_t out_scale_row_stride;
   int64_t out_scale_block_stride;
-  int32_t n;                         // output columns
+  int32_t n;  // output columns
   int32_t k;
-  int32_t tile;                      // tile height of the permutation, at most CLUSTER * BLOCK_N
-  int32_t num_column_tiles;          // of 128 columns with GATED, else of 256
+  int32_t tile;              // tile height of the permutation, at most CLUSTER * BLOCK_N
+  int32_t num_column_tiles;  // of 128 columns with GATED, else of 256
   int32_t w_scale_rows;
-  int32_t first_half;                // which half of w_map is half 0 here (the gate with GATED)
-  int32_t first_scale_row;           // block row of w_scale where half 0 begins, and half 1
+  int32_t first_half;       // which half of w_map is half 0 here (the gate with GATED)
+  int32_t first_scale_row;  // block row of w_scale where half 0 begins, and half 1
   int32_t second_scale_row;
-  int32_t block_major;               // k-blocks are a dimension of their own in w_map
+  int32_t block_major;  // k-blocks are a dimension of their own in w_map
   ActivationParams activation;
 };
 
@@ -197,7 +197,8 @@ __device__ __forceinline__ void gather_tokens(const Params& p, Smem& smem, const
 }
 
 /// Warp 3: the scales of every stage, by asynchronous copies: a load's latency would bound every step.
-__device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const Work& work, int lane) {
+__device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const Work& work,
+                                            int lane) {
   constexpr int kPerLane = ceil_div(BLOCK_N, kWarpSize);
   Ring ring;
   for (int item = work.first; item < work.count; item += work.stride) {
@@ -264,8 +265,7 @@ __device__ __forceinline__ void accumulate(float (&accum)[BLOCK_N / 2], uint64_t
 /// Activation, one scale a token over the tile's 128 columns, fp8 rows.
 __device__ __forceinline__ void store_requantised(const Params& p, Smem& smem, const Tile& tile,
                                                   float (&gate)[BLOCK_N / 2],
-                                                  const float (&up)[BLOCK_N / 2],
-                                                  int thread) {
+                                                  const float (&up)[BLOCK_N / 2], int thread) {
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
   const int row = warp * 16 + lane / 4;  // weight row within 128, and eight further
   const ActivationValues act = activation_of(p.activation, tile.expert);
@@ -322,7 +322,8 @@ __device__ __forceinline__ void store_requantised(const Params& p, Smem& smem, c
 
 /// bf16 rows, 64 tokens of 64 columns at a time through shared memory.
 __device__ __forceinline__ void store_bf16(const Params& p, Smem& smem, const Tile& tile,
-                                           const float (&accum)[2][BLOCK_N / 2], int group, int thread) {
+                                           const float (&accum)[2][BLOCK_N / 2], int group,
+                                           int thread) {
   const int lane = thread % kWarpSize, warp = thread / kWarpSize % 4, local = thread % 128;
   uint8_t* staging = smem.staging + group * 64 * kStageRow;
 #pragma unroll
@@ -339,7 +340,8 @@ __device__ __forceinline__ void store_bf16(const Params& p, Smem& smem, const Ti
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           const int at = 4 * (first + j + m / 2) + 2 * (m % 2);
-          if (at + 1 < BLOCK_N / 2) r[m] = ptx::cvt_bf16x2_f32(accum[half][at], accum[half][at + 1]);
+          if (at + 1 < BLOCK_N / 2)
+            r[m] = ptx::cvt_bf16x2_f32(accum[half][at], accum[half][at + 1]);
         }
         ptx::stmatrix_x4_trans(ptx::smem_address(staging + token * kStageRow + row * 2), r[0], r[1],
                                r[2], r[3]);
@@ -360,8 +362,7 @@ __device__ __forceinline__ void store_bf16(const Params& p, Smem& smem, const Ti
 }
 
 /// Warpgroups 1 and 2: products, promotion and epilogue.
-__device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work& work,
-                                        int thread) {
+__device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work& work, int thread) {
   const int lane = thread % kWarpSize, group = thread / 128;
   Ring ring;
   for (int item = work.first; item < work.count; item += work.stride) {
@@ -405,7 +406,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     __launch_bounds__(128 + kConsumerThreads, 1)
-    sm90_fp8_grouped_gemm(const __grid_constant__ Params p) {
+        sm90_fp8_grouped_gemm(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;

@@ -59,9 +59,10 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier)
 
 /// Arrives once and expects `bytes` more of asynchronous copies (PTX ISA, "mbarrier.arrive").
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
-  asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(barrier),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(barrier),
+      "r"(bytes)
+      : "memory");
 }
 
 /// Tells whether the phase of this parity has completed, waiting for a while

@@ -1,7 +1,7 @@
 // ptx_hopper: two TMA boxes, wgmma on them, and stmatrix, in one warpgroup (sm_90a).
 //
 // Grid      one block of 128 threads.
-// smem      a (64, 128), b (64, 128) bytes with 128-byte swizzle; transposed (64, 16 bytes); dynamic.
+// smem      a (64, 128), b (64, 128) bytes with 128-byte swizzle, dynamic.
 #include "tma.cuh"
 #include "wgmma.cuh"
 
