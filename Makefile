@@ -102,7 +102,8 @@ format: $(test_env)
 	$(PY) -m ruff format .
 	$(call clang_format,-i)
 
-clang_format = find cumoe/cu \( -name '*.cu' -o -name '*.cuh' \) -print0 \
+clang_format = find cumoe/cu tests/cu tests/host \( -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' \) \
+	-print0 \
 	| xargs -0 -r $(BIN)clang-format $(1)
 
 clean:

@@ -122,7 +122,12 @@ def grouped_gemm(
         raise ValueError(f"x: expected {permutation.max_rows} permuted rows, got {a.shape[0]}")
     act = check_activation(activation, num_local)
     if config is not None:
-        check_type("config", config, (GroupedGemmConfig, Sm90Config), "a config or None")
+        check_type(
+            "config",
+            config,
+            (GroupedGemmConfig, Sm90Config),
+            "a GroupedGemmConfig, Sm90Config or None",
+        )
     inputs: dict[str, Array | None] = {
         "x": a,
         "x.scale": a_scale,
@@ -243,7 +248,8 @@ def _check_weight(
         )
     check_multiple("weight", "k", k, 16 // values.dtype.itemsize)
     gated = gate_up_order is not None
-    check_multiple("weight", "n", num_rows, 16 if gated else 8)
+    # A result that is fp8 rows is written, and read by the next GEMM, in 16-byte pieces too.
+    check_multiple("weight", "n", num_rows, 8 if not gated else 16 if a_scale is None else 32)
     scale = None
     if isinstance(weight, Quantized):
         if weight.block != (128, 128):

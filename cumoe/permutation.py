@@ -91,8 +91,11 @@ def group(
             tile=tile,
         )
 
+    # NOTE: a launch holds addresses only; scratch memory must live until it is queued.
+    arrays: dict[str, Array] = {}
+
     def allocate(name: str, shape: Sequence[int], dtype: str) -> Array:
-        return empty(ids, shape, dtype)
+        return arrays.setdefault(name, empty(ids, shape, dtype))
 
     permutation, launches = plan_group(ids, num_experts, num_shared, local, tile, allocate)
     kernels.run(launches, ids)

@@ -56,6 +56,12 @@ TOLERANCES = {
     "bfloat16 twin": Tolerance(
         2.0**-6.9, 0.001, "the same rounding; an element in some thousands goes to a neighbour"
     ),
+    "float8_e4m3fn wgmma": Tolerance(
+        2.0**-2.9, 0.02, "sums of Hopper's fp8 tensor cores differ: 1 element in 100 goes there"
+    ),
+    "bfloat16 wgmma": Tolerance(
+        2.0**-6.5, 0.002, "sums of Hopper's fp8 tensor cores differ: 1 element in 20 goes there"
+    ),
     "layer bf16": Tolerance(
         0.02, 0.005, "result and rows rounded to 8 bits; activations may go to a neighbour"
     ),

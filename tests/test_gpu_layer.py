@@ -60,13 +60,14 @@ def inputs(random: Layer, seed: int) -> tuple[Any, Any]:
     return to_backend(x, "cupy"), to_backend(logits, "cupy")
 
 
-def planned(random: Layer, max_num_tokens: int) -> MoELayer:
+def planned(random: Layer, max_num_tokens: int, **options: Any) -> MoELayer:
     """Plan a layer on the device."""
     return MoELayer(
         to_backend(random.weights, "cupy"),
         random.routing,
         max_num_tokens=max_num_tokens,
         bias=to_backend(random.bias, "cupy"),
+        **options,
     )
 
 
@@ -77,21 +78,26 @@ def poison(layer: MoELayer) -> None:
         buffer.fill(POISON)
 
 
-@each_recipe
-def test_every_number_of_tokens(rng, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "portable"), [("bf16", False), ("fp8_block", False), ("fp8_block", True)]
+)
+def test_every_number_of_tokens(rng, recipe, portable):
     """Planned and free calls give the same bits, close to the twin, and write nothing else."""
     random = random_layer(
         rng, ROUTING, recipe, num_tokens=257, hidden_size=144, intermediate_size=48
     )
     want = expected(random)
-    layer = planned(random, 257)
+    layer = planned(random, 257, portable=portable)
     x, logits, bias = (to_backend(a, "cupy") for a in (random.x, random.logits, random.bias))
     for count in TOKENS:
         out = Poisoned((count, 144), "bfloat16", "cupy")
         poison(layer)
         layer(x[:count], logits[:count], out=out.array)
         out.check_guards()
-        assert_close_blocks(out.array, want[:count], f"layer {recipe}")
+        got = to_host(out.array) if portable else out.array
+        assert_close_blocks(got, want[:count], f"layer {recipe}")
+        if portable:
+            continue
         free = Poisoned((count, 144), "bfloat16", "cupy")
         cumoe.moe(
             x[:count], logits[:count], layer.weights, routing=ROUTING, bias=bias, out=free.array
@@ -118,7 +124,7 @@ def test_larger_sizes(rng, recipe, hidden_size, intermediate_size, num_tokens):
     random.logits[: num_tokens // 2, 3] += 4
     layer = planned(random, num_tokens)
     x, logits = to_backend(random.x, "cupy"), to_backend(random.logits, "cupy")
-    first = to_host(layer(x, logits))
+    first = layer(x, logits).copy()
     assert_close_blocks(first, expected(random), f"layer {recipe}")
     for _ in range(3):
         poison(layer)
@@ -288,7 +294,7 @@ class TestPlan:
         plan = layer.plan(64)
         absent = {"quantize"} if recipe == "bf16" else set()
         assert list(plan.stages) == [stage for stage in STAGES if stage not in absent]
-        assert plan.tile in (16, 32, 64, 128) and set(plan.configs) == {"gemm1", "gemm2"}
+        assert plan.tile >= 8 and set(plan.configs) == {"gemm1", "gemm2"}
         assert plan is layer.plan(64)
         layer.warmup(17)
 

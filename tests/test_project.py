@@ -31,8 +31,8 @@ LAYERS = (
     {"compat", "comm"},
     {"moe", "plan", "layer_call"},
     {"routing", "permutation", "grouped_gemm", "activation", "finalize", "quantize"},
-    {"weights", "checkpoint", "layouts", "arrays", "config", "tuning", "kernels", "kernels_sm90", "params"}
-    | {"models", "validate", "reference"},
+    {"weights", "checkpoint", "layouts", "arrays", "config", "tuning", "models", "validate"}
+    | {"kernels", "kernels_sm90", "params", "reference"},
     {"launch"},
 )
 """Names in cumoe from the top down (``""`` is ``cumoe/__init__.py``): imports go down or sideways.

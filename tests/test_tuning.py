@@ -84,3 +84,62 @@ def test_select_tile(dtype):
         )
     chosen = [tuning.select_tile(slots, 8, dtype) for slots in range(4000)]
     assert chosen == sorted(chosen)
+
+
+FP8_PROBLEM = GroupedGemmProblem(FP8, FP8, gated=True, gather=True, tile=64)
+
+
+class TestHopper:
+    def test_every_tile_has_a_configuration(self):
+        for gated, tile in itertools.product((False, True), tuning.sm90_tiles()):
+            problem = replace(
+                FP8_PROBLEM, gated=gated, output_dtype=FP8 if gated else BF16, tile=tile
+            )
+            config = tuning.select_sm90_config(tile, gated)
+            assert tuning.why_illegal_sm90(config, problem) is None
+            deeper = replace(config, num_stages=config.num_stages + 1)
+            needed = tuning.sm90_smem_bytes(deeper, gated)
+            assert config.num_stages == tuning.SM90_MAX_STAGES or needed > tuning.SM90_SMEM_BYTES
+        assert tuning.SM90_SMEM_BYTES == HOPPER
+
+    @pytest.mark.parametrize(
+        ("problem", "config", "reason"),
+        [
+            ({}, {"cluster": 3}, "cluster = 3: expected 1 or 2"),
+            ({}, {"block_n": 72}, "block_n = 72: expected one of"),
+            ({}, {"block_n": 32}, "1 blocks of 32 do not hold a tile of 64"),
+            ({"tile": 112}, {"block_n": 48, "cluster": 2}, "2 blocks of 48 do not hold"),
+            ({}, {"num_stages": 1}, "num_stages = 1: the pipeline needs 2"),
+            ({}, {"num_stages": 9}, "382976 bytes of shared memory: a block may have 232448"),
+        ],
+    )
+    def test_why_illegal(self, problem, config, reason):
+        config = replace(tuning.Sm90Config(64, 3), **config)
+        said = tuning.why_illegal_sm90(config, replace(FP8_PROBLEM, **problem))
+        assert said is not None and said.startswith(reason)
+
+    def test_no_configuration(self):
+        for tile in (0, 72, 120, 128):
+            with pytest.raises(ValueError, match=rf"tile: expected one of .*, got {tile}"):
+                tuning.select_sm90_config(tile, True)
+
+    def test_select_gemm(self):
+        """Hopper's own kernel runs a layer's fp8 GEMMs on Hopper, the portable one all else."""
+        select, arch = tuning.select_gemm, tuning.SM90_ARCH
+        down = replace(FP8_PROBLEM, gated=False, output_dtype=BF16)
+        for problem in (FP8_PROBLEM, down):
+            hopper = select(problem, arch, HOPPER)
+            assert hopper == tuning.select_sm90_config(64, problem.gated)
+            portable = tuning.select_config(problem, HOPPER)
+            assert select(problem, arch, HOPPER, portable=True) == portable
+            assert select(problem, "sm_100a", HOPPER) == portable
+        for other in (PROBLEM, replace(FP8_PROBLEM, output_dtype=BF16)):
+            assert select(other, arch, HOPPER) == tuning.select_config(other, HOPPER)
+        with pytest.raises(ValueError, match="tile: no grouped GEMM configuration runs"):
+            select(replace(FP8_PROBLEM, tile=24), "sm_80", HOPPER)
+
+    def test_select_tile(self):
+        heights = tuning.sm90_tiles()
+        assert tuning.select_sm90_tile(0, 0) == tuning.select_sm90_tile(1, 256) == heights[0] == 8
+        chosen = {tuning.select_sm90_tile(slots, 8) for slots in range(20_000)}
+        assert chosen <= set(heights) and max(chosen) == heights[-1] == 112
