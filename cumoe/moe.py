@@ -348,7 +348,7 @@ def _run(spec: LayerSpec, call: LayerCall, finalize: bool, out: Any) -> Array | 
         if not finalize:
             return _no_parts(spec, call)
     else:
-        # NOTE: the plan's launches hold addresses only; the buffers must live until they are queued.
+        # NOTE: launches hold addresses only; the buffers must live until they are queued.
         workspace = Workspace(call.x)
         plan = DevicePlan(spec, call, workspace)
         _queue(plan, call)

@@ -222,6 +222,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  // NOTE: running addresses, not step % NUM_STAGES, whose registers spill on sm_100a with 3 stages.
+  uint32_t stage = smem_base, refill = smem_base + (NUM_STAGES - 1) * kStageBytes;
   Accum accum = {};
   for (int step = 0; step < num_steps; ++step) {
     ptx::cp_async_wait_group<NUM_STAGES - 2>();
@@ -229,10 +231,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     const int next = step + NUM_STAGES - 1;
     if (next < num_steps) {
-      loader.load(p, smem_base + next % NUM_STAGES * kStageBytes, next, column0);
+      loader.load(p, refill, next, column0);
     }
     ptx::cp_async_commit_group();
-    const uint32_t stage = smem_base + step % NUM_STAGES * kStageBytes;
     if constexpr (kFp8) {
       float row_scale[kTilesM][2];
 #pragma unroll
@@ -260,6 +261,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     } else {
       multiply_stage(accum, stage, warp_m, warp_n, lane);
     }
+    refill = stage;
+    stage = stage == smem_base + (NUM_STAGES - 1) * kStageBytes ? smem_base : stage + kStageBytes;
   }
 
   // Epilogue: the activation in place, then one scale a row for e4m3, then the store.
