@@ -1,0 +1,128 @@
+// What a kernel compiled for the CPU sees of the engine that executes it (engine.cpp).
+//
+// A CUDA thread is a fibre. Exactly one fibre runs at a time; it gives way only inside the
+// functions declared here, to a fibre drawn at random from a seed. Blocks that are resident
+// together (clusters, several grids) have one OS thread each, so that `thread_local` is per-block
+// storage, but still run one at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace cumoe_host {
+
+/// A source position; default arguments give the caller's.
+struct Site {
+  const char* file;
+  int line;
+};
+#define CUMOE_SITE ::cumoe_host::Site site = {__builtin_FILE(), __builtin_LINE()}
+
+struct Dim3 {
+  unsigned x, y, z;
+};
+
+struct Block;
+struct Warp;
+
+/// One CUDA thread.
+struct Thread {
+  Dim3 thread_idx;
+  unsigned linear;
+  unsigned lane;
+  Warp* warp;
+  Block* block;
+  Dim3 block_idx, block_dim, grid_dim;
+};
+
+/// The thread that runs now.
+extern Thread* self;
+
+/// Ends the run: `text` and who was where become the error that Python raises. Does not return.
+[[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+/// Lets other threads run; asynchronous operations may complete.
+void yield(Site site);
+
+/// As yield, in a loop that waits for another thread; a run in which all threads poll is a
+/// deadlock.
+void poll(const char* what, Site site);
+
+/// Every lane of `mask` gives a pointer to its operands; the last to come applies the operation to
+/// all. Lanes outside the mask have null pointers. An `aligned` operation wants one source line
+/// for all.
+using Apply = void (*)(void* const* lanes, unsigned mask);
+void collective(const char* name, unsigned mask, void* operands, Apply apply, bool aligned,
+                Site site);
+
+/// Lanes of this thread's warp that have not exited.
+unsigned active_lanes();
+
+/// Named barrier: waits for, or only counts, `count` threads; 0 means all threads of the block.
+void barrier(const char* name, int id, unsigned count, bool wait, Site site);
+
+/// 32-bit shared-memory address of a pointer into this block's shared memory, and back.
+/// `shared_pointer` fails unless [address, address + bytes) lies in shared memory.
+uint32_t shared_address(const void* pointer, Site site);
+void* shared_pointer(uint32_t address, size_t bytes, Site site);
+
+/// Asynchronous copies of one thread: the destination is written at some moment before the wait
+/// ends.
+void async_copy(void* destination, const void* source, unsigned bytes, unsigned zeros, Site site);
+void async_commit(Site site);
+void async_arrive(uint32_t barrier, Site site);
+void async_wait(unsigned pending_groups, Site site);
+
+/// mbarriers, by shared address. `rank` names a block of the cluster, -1 this block.
+void mbarrier_init(uint32_t barrier, int arrivals, Site site);
+void mbarrier_arrive(uint32_t barrier, int bytes, int rank, Site site);
+bool mbarrier_try_wait(uint32_t barrier, int parity, Site site);
+
+/// TMA: `coordinates` innermost first; a mask of 0 means this block alone.
+void check_tensor_map(const void* map, Site site);
+void tma_load(uint32_t smem, const void* map, uint32_t barrier, const int* coordinates, int rank,
+              unsigned cta_mask, Site site);
+
+/// wgmma on 16 rows a warp; the accumulators are poison from the operation to its wait.
+constexpr int kWgmmaE4m3 = 0, kWgmmaBf16 = 1;
+void wgmma_fence(Site site);
+void wgmma_mma(int kind, int n, float* d, uint64_t a, uint64_t b, bool accumulate, Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(unsigned pending_groups, Site site);
+
+/// Clusters and distributed shared memory.
+unsigned cluster_rank();
+unsigned cluster_size();
+void* cluster_pointer(uint32_t address, unsigned rank, size_t bytes, Site site);
+void cluster_barrier(Site site);
+
+/// Random bits from the run's seed.
+uint32_t random_bits();
+
+/// What a kernel library tells the engine.
+struct Kernel {
+  const char* name;
+  void (*entry)(const void* params);
+  size_t params_bytes;
+  unsigned char* (*dynamic_smem)();  // start of the block's dynamic shared memory
+  size_t dynamic_capacity;
+  Dim3 cluster;  // __cluster_dims__, or zeros
+};
+
+/// One launch.
+struct Grid {
+  const Kernel* kernel;
+  const void* params;
+  Dim3 grid, block, cluster;
+  size_t smem_bytes;
+};
+
+}  // namespace cumoe_host
+
+extern "C" {
+/// Runs grids together, `resident` blocks at a time (1: one after the other). A thread that runs
+/// for `seconds` of processor time without an event is an error. Returns 0, or 1 with a message.
+int cumoe_host_run(const cumoe_host::Grid* grids, int num_grids, int resident, uint64_t seed,
+                   int seconds, char* message, size_t message_bytes);
+}

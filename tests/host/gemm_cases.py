@@ -1,0 +1,188 @@
+"""The cases of the grouped GEMMs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from cumoe import kernels, kernels_sm90
+from cumoe.arrays import DTYPES, FP8
+from cumoe.config import Activation, Quantized
+from cumoe.reference import exact, quantize
+from cumoe.tuning import GroupedGemmConfig, GroupedGemmProblem, Sm90Config, select_config
+from tests.host.checks import (
+    BF16,
+    F16,
+    F32,
+    SMEM_LIMIT,
+    Case,
+    Host,
+    close,
+    per_expert_activation,
+    random_group,
+    valid_rows,
+)
+from tests.host.tensor_map import encode_tiled
+
+
+@dataclass(frozen=True)
+class _Gemm:
+    """A grouped GEMM; `n` counts output columns."""
+
+    dtype: str
+    out_dtype: str
+    k: int
+    n: int
+    tile: int
+    order: str | None = None
+    gather: bool = True
+    block_major: bool = False
+    tokens: int = 11
+    experts: int = 4
+    top_k: int = 3
+    per_expert: bool = False
+
+    def check(self, host: Host, launch: Callable[..., kernels.Launch]) -> None:
+        """Run what `launch` makes of the operands and compare it with the twin."""
+        from cumoe.grouped_gemm import _on_host
+
+        n, k, order = self.n, self.k, self.order
+        p = random_group(host, self.tokens, self.top_k, self.experts, self.tile)
+        num_rows = 2 * n if order else n
+        count = self.tokens if self.gather else p.max_rows
+        a = host.rng.standard_normal((count, k)).astype(np.float32)
+        w = host.rng.standard_normal((self.experts, num_rows, k)).astype(np.float32) / np.sqrt(k)
+        a_scale = w_scale = None
+        if self.dtype == FP8:
+            qa = quantize.quantize_fp8_block(a)
+            a, a_scale = qa.values, host.arena.array(qa.scale.T).T
+            rows = 2 * kernels.blocks(n) if order else kernels.blocks(n)
+            scale = host.rng.random((self.experts, rows, kernels.blocks(k))) / 100 + 0.005
+            w, w_scale = exact.to_e4m3(w * 100), host.arena.array(scale.astype(np.float32))
+        else:
+            a, w = a.astype(DTYPES[self.dtype]), w.astype(DTYPES[self.dtype])
+        if self.block_major:
+            bk = 128 // w.dtype.itemsize
+            w = w.reshape(self.experts, num_rows, k // bk, bk).transpose(0, 2, 1, 3)
+        a, w = host.arena.array(a), host.arena.array(np.ascontiguousarray(w))
+        operand = kernels.GemmOperand(w, w_scale, num_rows, k, self.block_major, order)
+        act = per_expert_activation(host, self.experts) if self.per_expert else Activation()
+        y = host.empty((p.max_rows, n), self.out_dtype)
+        y_scale = None
+        if self.out_dtype == FP8:
+            y_scale = host.empty((p.max_rows, kernels.blocks(n)), F32)
+        host.run(launch(a, a_scale, operand, y, y_scale, p, act))
+        problem = GroupedGemmProblem(
+            self.dtype, self.out_dtype, order is not None, self.gather, self.tile
+        )
+        expected = _on_host(a, a_scale, operand, p, act, problem, n)
+        held = valid_rows(p)
+        if isinstance(expected, Quantized):
+            assert y_scale is not None
+            close("scale", y_scale[held], expected.scale[held], F32)
+            got, want = (
+                quantize.dequantize(Quantized(v[held], s[held]))
+                for v, s in ((y, y_scale), (expected.values, expected.scale))
+            )
+        else:
+            got, want = y[held], expected[held]
+        close("y", got, want, self.out_dtype)
+        padding = np.flatnonzero(p.token_idx < 0)
+        assert (y[padding].view(np.uint8) == 0xFF).all(), "y: padding rows were written"
+
+
+def _gemm(
+    dtype: str, out_dtype: str, *, config: GroupedGemmConfig | None = None, **sizes: Any
+) -> Callable[[Host], None]:
+    """``sm80_grouped_gemm``."""
+    gemm = _Gemm(dtype, out_dtype, **sizes)
+    problem = GroupedGemmProblem(dtype, out_dtype, gemm.order is not None, gemm.gather, gemm.tile)
+
+    def launch(a, a_scale, operand, y, y_scale, p, act):  # type: ignore[no-untyped-def]
+        chosen = config or select_config(problem, SMEM_LIMIT)
+        return kernels.grouped_gemm(a, a_scale, operand, y, y_scale, p, problem, chosen, act)
+
+    return lambda host: gemm.check(host, launch)
+
+
+def _gemm90(
+    *, num_stages: int = 3, cluster: int = 1, num_sms: int = 4, **sizes: Any
+) -> Callable[[Host], None]:
+    """``sm90_fp8_grouped_gemm``; a cluster takes `tile` tokens."""
+    gated = sizes.get("order") is not None
+    gemm = _Gemm(FP8, FP8 if gated else BF16, gather=gated, **sizes)
+    chosen = Sm90Config(gemm.tile // cluster, num_stages, cluster)
+
+    def launch(a, a_scale, operand, y, y_scale, p, act):  # type: ignore[no-untyped-def]
+        with mock.patch("cumoe.kernels_sm90.encode_tiled", encode_tiled):
+            return kernels_sm90.grouped_gemm(
+                a, a_scale, operand, y, y_scale, p, chosen, act, num_sms, gather=gemm.gather
+            )
+
+    return lambda host: gemm.check(host, launch)
+
+
+def _config(*sizes: int) -> GroupedGemmConfig:
+    return GroupedGemmConfig(*sizes)
+
+
+GEMM_CASES = [
+    Case("bf16 gated", _gemm(BF16, BF16, k=200, n=72, tile=16, order="gate_up")),
+    Case(
+        "bf16 gated interleaved",
+        _gemm(BF16, F32, k=64, n=40, tile=32, order="up_gate_interleaved", per_expert=True),
+    ),
+    Case("bf16 plain", _gemm(BF16, BF16, k=136, n=136, tile=16, gather=False)),
+    Case("bf16 short k", _gemm(BF16, F32, k=8, n=8, tile=16, tokens=1, top_k=1, experts=1)),
+    Case(
+        "f16 block-major, tall tile",
+        _gemm(F16, F16, k=128, n=136, tile=64, block_major=True, tokens=50),
+    ),
+    Case(
+        "bf16 tile 128",
+        _gemm(BF16, BF16, k=72, n=24, tile=128, order="gate_up", tokens=60, experts=2),
+    ),
+    Case(
+        "fp8 gated to fp8",
+        _gemm(FP8, FP8, k=272, n=136, tile=16, order="up_gate", per_expert=True),
+    ),
+    Case(
+        "fp8 gated to fp8, interleaved, two tiles",
+        _gemm(FP8, FP8, k=144, n=48, tile=32, order="gate_up_interleaved", tokens=40),
+    ),
+    Case("fp8 plain", _gemm(FP8, BF16, k=144, n=264, tile=16, gather=False)),
+    Case(
+        "fp8 block-major, tile 64",
+        _gemm(FP8, BF16, k=384, n=40, tile=64, gather=False, block_major=True, tokens=50),
+    ),
+    Case(
+        "two stages, other warps",
+        _gemm(FP8, F32, k=640, n=72, tile=32, config=_config(32, 64, 2, 2, 2)),
+    ),
+]
+
+GEMM90_CASES = [
+    Case("gated", _gemm90(k=272, n=144, tile=16, order="up_gate", per_expert=True)),
+    Case(
+        "gated interleaved",
+        _gemm90(k=144, n=48, tile=32, order="gate_up_interleaved", tokens=40),
+    ),
+    Case("plain", _gemm90(k=144, n=264, tile=16)),
+    Case("plain block-major, tile 64", _gemm90(k=384, n=40, tile=64, block_major=True, tokens=50)),
+    Case("gated, tile 112", _gemm90(k=128, n=80, tile=112, order="gate_up", tokens=70, experts=2)),
+    Case("plain, tile 80", _gemm90(k=144, n=136, tile=80, tokens=60, experts=2)),
+    Case("one token", _gemm90(k=128, n=128, tile=8, order="gate_up", tokens=1, top_k=1, experts=1)),
+    Case(
+        "two stages, one block, several tiles",
+        _gemm90(num_stages=2, num_sms=1, k=640, n=272, tile=24, tokens=30, experts=3),
+    ),
+    Case(
+        "clusters, gated",
+        _gemm90(num_stages=2, cluster=2, k=272, n=144, tile=48, order="gate_up", tokens=60),
+    ),
+    Case("clusters, plain", _gemm90(num_stages=2, cluster=2, k=144, n=264, tile=96, tokens=60)),
+]  # fmt: skip

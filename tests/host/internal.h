@@ -1,0 +1,196 @@
+// What the parts of the engine share: threads, warps, blocks, clusters and the state of a run.
+#pragma once
+
+#include <stdarg.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#define CUMOE_ASAN 1
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define CUMOE_ASAN 0
+#endif
+
+namespace cumoe_host {
+
+constexpr unsigned kMaxBarriers = 16;
+
+struct Random {
+  uint64_t state;
+  uint32_t next() {  // splitmix64
+    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return static_cast<uint32_t>((z ^ (z >> 31)) >> 32);
+  }
+  uint32_t below(uint32_t n) { return static_cast<uint32_t>((uint64_t{next()} * n) >> 32); }
+};
+
+struct Fibre {
+#if defined(__x86_64__)
+  void* sp = nullptr;
+#else
+  ucontext_t context;
+#endif
+  unsigned char* stack = nullptr;
+  void* fake_stack = nullptr;
+};
+
+enum class State : uint8_t { kRunnable, kCollective, kBarrier, kExited };
+
+/// A cp.async that has not landed.
+struct Copy {
+  void* destination;
+  const void* source;
+  unsigned bytes, zeros, group;
+  uint64_t sequence;
+};
+
+/// An arrival on an mbarrier once the copies before it have landed.
+struct CopyArrival {
+  uint32_t barrier;
+  uint64_t sequence;
+  Site site;
+};
+
+struct Collective {
+  const char* name;
+  unsigned mask;
+  void* operands;
+  Apply apply;
+  bool aligned;
+};
+
+struct FullThread : Thread {
+  Fibre fibre;
+  State state;
+  const char* doing;
+  Site site;
+  Collective pending;
+  std::vector<Copy> copies;
+  std::vector<CopyArrival> copy_arrivals;
+  unsigned copy_group;
+  uint64_t copy_sequence;
+};
+
+/// A wgmma of one warp (16 of the 64 rows) that has not been waited for.
+struct Wgmma {
+  int kind, n;
+  uint64_t a, b;
+  bool accumulate;
+  bool done;
+  unsigned group;
+  float* d[32];
+};
+
+struct Warp {
+  FullThread* threads[32];
+  unsigned count;
+  unsigned live;
+  // wgmma: the accumulators of pending operations are poison; their values are kept here, by lane.
+  std::vector<Wgmma> wgmmas;
+  std::map<float*, std::vector<float>> accumulators;  // by lane 0's pointer
+  unsigned wgmma_group;
+  bool wgmma_fenced;
+};
+
+struct Barrier {
+  unsigned arrived, count;
+  Site first_site;
+  std::vector<FullThread*> waiting;
+};
+
+struct MBarrier {
+  int expected, pending;
+  int64_t bytes;
+  unsigned phase;
+  std::vector<FullThread*> waiting;
+};
+
+struct Cluster;
+
+/// A TMA copy that has not landed: the box in memory order of shared memory, and where it goes.
+struct Bulk {
+  std::vector<unsigned char> box;
+  uint32_t smem, barrier;
+  unsigned swizzle_bits;  // 0: none; else log2 of the 16-byte chunks that are exchanged
+  std::vector<Block*> targets;
+  Cluster* cluster;
+};
+
+struct Cluster {
+  std::vector<Block*> blocks;
+  unsigned arrived;
+  std::vector<FullThread*> waiting;
+};
+
+struct Block {
+  const Grid* grid;
+  Dim3 block_idx;
+  Cluster* cluster;
+  unsigned rank;  // in the cluster
+  unsigned num_threads, live;
+  std::vector<FullThread> threads;
+  std::vector<Warp> warps;
+  std::vector<unsigned> runnable;  // indices of threads
+  Barrier barriers[kMaxBarriers];
+  std::map<uint32_t, MBarrier> mbarriers;
+  std::vector<Bulk> bulks;
+  unsigned copy_arrivals;  // pending ones of all threads
+  Fibre main;
+  unsigned last_warp;
+  const void* params;
+  // Shared memory: the thread-local storage of the kernel's library on this block's OS thread.
+  unsigned char* shared_begin;
+  unsigned char* shared_end;
+  unsigned char* dynamic;
+#if CUMOE_ASAN
+  const void* main_stack = nullptr;
+  size_t main_stack_bytes = 0;
+#endif
+};
+
+enum Policy { kAny, kAscending, kDescending, kWarp };
+
+struct Run {
+  Policy policy;
+  unsigned copy_chance;  // of 256, per pending copy and yield point
+  uint8_t poison;
+  int seconds;        // without progress, of processor time
+  uint64_t progress;  // counts whatever lets a waiting thread go on
+  std::string error;
+  bool failed;
+};
+
+extern Random rng;
+extern Run run;
+
+inline FullThread* me() { return static_cast<FullThread*>(self); }
+
+std::string str(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string at(Site s);
+std::string thread_text(const FullThread* t);
+void record(const std::string& text);
+
+/// Gives way without being runnable; make_runnable ends it.
+void suspend(State state, const char* doing, Site site);
+void make_runnable(FullThread* t);
+
+/// Asynchronous work of the hardware, called between the steps of threads (hopper.cpp).
+bool complete_bulk(Block* b);  // lands one TMA copy; false if there is none
+void advance_wgmma(Warp* w);   // carries out some pending operations
+void arrive(Block* b, uint32_t barrier, int64_t bytes, Site site);
+std::string unfinished(const Block* b);          // what may not be pending when a block ends
+std::string mbarrier_text(const FullThread* t);  // state of the barrier a thread waits for
+
+}  // namespace cumoe_host

@@ -1,0 +1,186 @@
+"""The whole layer on the CPU: the stages of a device plan, executed kernel by kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+import cumoe
+from cumoe import Activation, ExpertShard, ExpertWeights, PackedTopK, Routing, TopK
+from cumoe.config import ExpertParts
+from cumoe.layer_call import check_call, check_layer
+from cumoe.plan import DevicePlan
+from cumoe.reference import pack
+from tests.host.checks import BF16, F32, SMEM_LIMIT, Case, Host, close
+from tests.host.tensor_map import encode_tiled
+
+
+class _OnDevice(np.ndarray):
+    """Host memory that names a device, as the plan expects of its inputs."""
+
+    device = SimpleNamespace(id=0)
+
+
+class _Workspace:
+    """Every buffer fresh and poisoned."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        return self._host.empty(shape, dtype).view(_OnDevice)
+
+
+def run_layer(
+    host: Host,
+    x: Any,
+    weights: ExpertWeights,
+    *,
+    routing: Routing | None = None,
+    logits: np.ndarray | None = None,
+    topk: TopK | PackedTopK | None = None,
+    bias: np.ndarray | None = None,
+    shard: ExpertShard | None = None,
+    activation: Activation | None = None,
+    num_experts: int | None = None,
+    num_shared_experts: int = 0,
+    out: np.ndarray | None = None,
+) -> tuple[np.ndarray | None, ExpertParts]:
+    """Return the result, and the parts it was summed from, of a call that a GPU would plan."""
+    spec = check_layer(weights, routing, shard, activation, num_experts, num_shared_experts)
+    call = check_call(spec, x, logits, topk, bias, out is not None, out, None)
+    call.x = call.x.view(_OnDevice)
+    arch = {900: "sm_90a", 800: "sm_80"}[host.options.arch]
+    device = SimpleNamespace(arch=arch, max_smem_bytes=SMEM_LIMIT, num_sms=5)
+    with (
+        mock.patch("cumoe.plan.get_device", lambda ordinal: device),
+        mock.patch("cumoe.grouped_gemm.get_device", lambda ordinal: device),
+        mock.patch("cumoe.kernels_sm90.encode_tiled", encode_tiled),
+    ):
+        plan = DevicePlan(spec, call, _Workspace(host))  # type: ignore[arg-type]
+    host.run(*(launch for stage in plan.stages.values() for launch in stage))
+    return call.out, plan.parts_of(call)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    num_tokens: int
+    hidden_size: int
+    intermediate_size: int
+    recipe: str = "bf16"
+    order: str = "gate_up"
+    layout: str = "major_k"
+    num_shared: int = 0
+
+
+def _weights(host: Host, shape: _Shape, num_experts: int) -> ExpertWeights:
+    hidden, size = shape.hidden_size, shape.intermediate_size
+    gate, up = (host.rng.standard_normal((num_experts, size, hidden)) for _ in range(2))
+    down = host.rng.standard_normal((num_experts, hidden, size))
+    made = ExpertWeights.from_experts(
+        *((w / np.sqrt(w.shape[2])).astype(np.float32) for w in (gate, up, down)),
+        recipe=shape.recipe,  # type: ignore[arg-type]
+        gate_up_order=shape.order,  # type: ignore[arg-type]
+        layout=shape.layout,  # type: ignore[arg-type]
+    )
+    arrays = (made.w13, made.w2, made.w13_scale, made.w2_scale)
+    return ExpertWeights(
+        *(host.arena.array(a) for a in arrays),
+        gate_up_order=made.gate_up_order,
+        layout=made.layout,
+    )
+
+
+def _layer(
+    shape: _Shape, routing: Routing, shard: ExpertShard | None = None, **activation: Any
+) -> Callable[[Host], None]:
+    """From logits to the result."""
+
+    def check(host: Host) -> None:
+        local = routing.num_experts if shard is None else shard.num_local_experts
+        weights = _weights(host, shape, local + routing.num_shared_experts)
+        x = host.normal((shape.num_tokens, shape.hidden_size), BF16)
+        logits = host.normal((shape.num_tokens, routing.num_experts), F32)
+        act = Activation(**activation)
+        out = host.empty(x.shape, BF16)
+        run_layer(
+            host, x, weights, routing=routing, logits=logits, shard=shard, activation=act, out=out
+        )
+        expected = cumoe.moe(x, logits, weights, routing=routing, shard=shard, activation=act)
+        close("out", out, expected, f"layer {shape.recipe}")
+
+    return check
+
+
+def _given(shape: _Shape, top_k: int, num_experts: int, packed: bool) -> Callable[[Host], None]:
+    """From given ids and weights, some of them not valid, to the parts and the result."""
+
+    def check(host: Host) -> None:
+        weights = _weights(host, shape, num_experts + shape.num_shared)
+        x = host.normal((shape.num_tokens, shape.hidden_size), BF16)
+        ids = host.rng.integers(-1, num_experts + 1, (shape.num_tokens, top_k)).astype(np.int32)
+        scores = host.rng.random(ids.shape).astype(np.float32)
+        given = pack(TopK(ids, scores)) if packed else TopK(ids, scores)
+        topk = type(given)(*(host.arena.array(a) for a in given))
+        shared = {"num_shared_experts": shape.num_shared}
+        out = host.empty(x.shape, BF16)
+        run_layer(host, x, weights, topk=topk, out=out, **shared)
+        _, parts = run_layer(host, x, weights, topk=topk, **shared)
+        expected = cumoe.routed_moe(x, topk, weights, **shared)
+        close("out", out, expected, f"layer {shape.recipe}")
+        summed = cumoe.finalize(parts.rows, parts.topk_weights, parts.permuted_idx)
+        assert (summed.view(np.uint16) == out.view(np.uint16)).all(), "parts differ from the result"
+
+    return check
+
+
+LAYER_CASES = [
+    Case(
+        "bf16",
+        _layer(_Shape(13, 200, 72), Routing("renormalize", 33, 5)),
+    ),
+    Case(
+        "fp8",
+        _layer(
+            _Shape(13, 272, 144, "fp8_block", "up_gate"),
+            Routing("deepseek_v3", 32, 5, 4, 2, scaling_factor=2.5, num_shared_experts=1),
+        ),
+    ),
+    Case(
+        "bf16 one token, block-major, shared experts",
+        _layer(
+            _Shape(1, 128, 64, layout="block_major_k", order="gate_up_interleaved"),
+            Routing("default", 4, 2, num_shared_experts=2),
+            alpha=1.7,
+            limit=7.0,
+        ),
+    ),
+    Case(
+        "fp8 shard with shared experts",
+        _layer(
+            _Shape(21, 144, 112, "fp8_block"),
+            Routing("sigmoid_renorm", 9, 3, num_shared_experts=1),
+            ExpertShard.from_counts([4, 3, 2], 1),
+        ),
+    ),
+    Case(
+        "bf16 shard with only a shared expert",
+        _layer(
+            _Shape(3, 64, 40),
+            Routing("top_k_sigmoid", 4, 2, num_shared_experts=1),
+            ExpertShard.from_counts([4, 0], 1),
+        ),
+    ),
+    Case("bf16 given ids", _given(_Shape(17, 72, 64), 3, 6, False)),
+    Case(
+        "fp8 packed, shared experts",
+        _given(_Shape(5, 128, 128, "fp8_block", num_shared=2), 5, 6, True),
+    ),
+    Case("bf16 one expert, many tokens", _given(_Shape(150, 64, 48), 1, 1, False)),
+]  # fmt: skip
+"""The layer from logits or given routing to its result."""

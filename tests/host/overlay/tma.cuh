@@ -1,0 +1,137 @@
+// Functional models of the wrappers in cumoe/cu/tma.cuh, one for each, in the same order
+// (hopper.cpp).
+#pragma once
+
+#include "ptx.cuh"
+
+namespace cumoe {
+
+/// Packed by the loader, not by the driver.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+namespace ptx {
+
+inline void mbarrier_init(uint32_t barrier, int arrivals, CUMOE_SITE) {
+  cumoe_host::mbarrier_init(barrier, arrivals, site);
+}
+
+inline void fence_mbarrier_init() {}
+
+inline void fence_proxy_async() {}
+
+inline void mbarrier_arrive(uint32_t barrier, CUMOE_SITE) {
+  cumoe_host::mbarrier_arrive(barrier, 0, -1, site);
+}
+
+inline void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank, CUMOE_SITE) {
+  cumoe_host::mbarrier_arrive(barrier, 0, static_cast<int>(rank), site);
+}
+
+inline void cp_async_ca_4(uint32_t smem, const void* gmem, CUMOE_SITE) {
+  if (smem % 4 || reinterpret_cast<uintptr_t>(gmem) % 4) {
+    cumoe_host::fail(site, "cp.async from %p to shared 0x%x: not 4-byte aligned", gmem, smem);
+  }
+  cumoe_host::async_copy(cumoe_host::shared_pointer(smem, 4, site), gmem, 4, 0, site);
+}
+
+inline void cp_async_mbarrier_arrive_noinc(uint32_t barrier, CUMOE_SITE) {
+  cumoe_host::async_arrive(barrier, site);
+}
+
+inline void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes, CUMOE_SITE) {
+  cumoe_host::mbarrier_arrive(barrier, bytes, -1, site);
+}
+
+inline bool mbarrier_try_wait_parity(uint32_t barrier, int parity, CUMOE_SITE) {
+  return cumoe_host::mbarrier_try_wait(barrier, parity, site);
+}
+
+inline void mbarrier_wait(uint32_t barrier, int parity, CUMOE_SITE) {
+  while (!cumoe_host::mbarrier_try_wait(barrier, parity, site)) {
+  }
+}
+
+inline void prefetch_tensor_map(const TensorMap* map, CUMOE_SITE) {
+  cumoe_host::check_tensor_map(map, site);
+}
+
+inline void tma_load_2d(uint32_t smem, const TensorMap* map, uint32_t barrier, int c0, int c1,
+                        CUMOE_SITE) {
+  const int c[] = {c0, c1};
+  cumoe_host::tma_load(smem, map, barrier, c, 2, 0, site);
+}
+
+inline void tma_load_5d(uint32_t smem, const TensorMap* map, uint32_t barrier, int c0, int c1,
+                        int c2, int c3, int c4, CUMOE_SITE) {
+  const int c[] = {c0, c1, c2, c3, c4};
+  cumoe_host::tma_load(smem, map, barrier, c, 5, 0, site);
+}
+
+inline void tma_load_5d_multicast(uint32_t smem, const TensorMap* map, uint32_t barrier,
+                                  uint16_t cta_mask, int c0, int c1, int c2, int c3, int c4,
+                                  CUMOE_SITE) {
+  if (cta_mask == 0) cumoe_host::fail(site, "multicast to no block");
+  const int c[] = {c0, c1, c2, c3, c4};
+  cumoe_host::tma_load(smem, map, barrier, c, 5, cta_mask, site);
+}
+
+inline uint32_t cluster_rank() { return cumoe_host::cluster_rank(); }
+
+inline void cluster_sync(CUMOE_SITE) { cumoe_host::cluster_barrier(site); }
+
+inline void named_barrier_sync(int id, int threads, CUMOE_SITE) {
+  if (threads <= 0) cumoe_host::fail(site, "bar.sync of %d threads", threads);
+  cumoe_host::barrier("bar.sync", id, static_cast<unsigned>(threads), true, site);
+}
+
+inline void named_barrier_arrive(int id, int threads, CUMOE_SITE) {
+  if (threads <= 0) cumoe_host::fail(site, "bar.arrive of %d threads", threads);
+  cumoe_host::barrier("bar.arrive", id, static_cast<unsigned>(threads), false, site);
+  cumoe_host::yield(site);
+}
+
+/// Register counts have no model; that all threads of the warp come here, and that N is legal, has.
+template <int N>
+inline void setmaxnreg_dec(CUMOE_SITE) {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256,
+                "setmaxnreg takes multiples of 8 from 24 to 256");
+  cumoe_host::collective(
+      "setmaxnreg", 0xffffffffu, nullptr, [](void* const*, unsigned) {}, true, site);
+}
+
+template <int N>
+inline void setmaxnreg_inc(CUMOE_SITE) {
+  setmaxnreg_dec<N>(site);
+}
+
+inline void stmatrix_x4_trans(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3,
+                              CUMOE_SITE) {
+  if (smem % 16) cumoe_host::fail(site, "stmatrix to shared 0x%x: not 16-byte aligned", smem);
+  struct Operands {
+    unsigned char* row;
+    uint32_t r[4];
+  };
+  auto* row = static_cast<unsigned char*>(cumoe_host::shared_pointer(smem, 16, site));
+  Operands o = {row, {r0, r1, r2, r3}};
+  cumoe_host::collective(
+      "stmatrix", 0xffffffffu, &o,
+      [](void* const* lanes, unsigned) {
+        for (int lane = 0; lane < 32; ++lane) {
+          for (int matrix = 0; matrix < 4; ++matrix) {
+            const uint32_t r = static_cast<Operands*>(lanes[lane])->r[matrix];
+            for (int e = 0; e < 2; ++e) {
+              // The fragment's row and column change places.
+              const auto* owner = static_cast<Operands*>(lanes[8 * matrix + 2 * (lane % 4) + e]);
+              const uint16_t element = static_cast<uint16_t>(r >> (16 * e));
+              memcpy(owner->row + 2 * (lane / 4), &element, 2);
+            }
+          }
+        }
+      },
+      true, site);
+}
+
+}  // namespace ptx
+}  // namespace cumoe

@@ -1,0 +1,255 @@
+"""The models of ``tests/host`` against the hardware: the same tiny kernel on both, the same bits.
+
+Each test runs on the CPU alone, where it compares with NumPy, and marked ``gpu`` on a device as
+well. The tensor cores round in a way of their own: products are compared within a bound that the
+test states.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cumoe.kernels import Launch
+from cumoe.launch import TENSOR_MAP, KernelSpec, LaunchConfig, encode_tiled, params_dtype
+from tests.host import loader
+from tests.host import tensor_map as host_map
+
+CU = Path(__file__).resolve().parent / "cu"
+POINTER, I32 = np.uint64, np.int32
+
+
+def launch_on(
+    place: str, name: str, dtype: np.dtype, block: int, grid: int = 1, smem: int = 0, **fields: Any
+) -> dict[str, np.ndarray]:
+    """Run a kernel of ``tests/cu`` on ``"host"`` or ``"device"`` and return its arrays afterwards.
+
+    Arrays become addresses, a callable is called with the place for a tensor map, others stay.
+    """
+    if place == "host":
+        loader.require()
+        arrays = {n: v.copy() for n, v in fields.items() if isinstance(v, np.ndarray) and v.ndim}
+        address = {n: a.ctypes.data for n, a in arrays.items()}
+    else:
+        import cupy
+
+        arrays = {n: cupy.asarray(v) for n, v in fields.items() if isinstance(v, np.ndarray)}
+        address = {n: a.data.ptr for n, a in arrays.items()}
+    params = np.zeros((), dtype)
+    for field, value in fields.items():
+        if field not in dtype.names:
+            continue  # memory that a tensor map names
+        if field in address:
+            params[field] = address[field]
+        elif callable(value):
+            encode = host_map.encode_tiled if place == "host" else encode_tiled
+            params[field] = value(encode, address)
+        else:
+            params[field] = value
+    config = LaunchConfig((grid, 1, 1), (block, 1, 1), smem_bytes=smem)
+    launch = Launch(KernelSpec(name, source_dir=CU), config, params)
+    if place == "host":
+        loader.run([launch], loader.HostOptions(seed=5))
+        return arrays
+    import cupy
+
+    from cumoe.launch import current_device
+
+    launch.run(current_device(), cupy.cuda.get_current_stream().ptr)
+    return {n: a.get() for n, a in arrays.items()}
+
+
+def awkward_floats() -> np.ndarray:
+    """Return float32 pairs: every half and e4m3, their neighbours, ties, NaN, infinities."""
+    rng = np.random.default_rng(7)
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    nudges = (halves.view(np.uint32) + rng.integers(-2, 3, halves.size)).astype(np.uint32)
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    ties = (codes[:-1] + codes[1:]) / 2
+    random = rng.integers(0, 1 << 32, 40000, dtype=np.uint32)
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 448.0, 464.0, 464.1, 65504.0, 65520.0, 1e-8]
+    special_values = np.array(special, np.float32)
+    around = [np.nextafter(ties, np.float32(side)) for side in (-999, 999)]
+    x = np.concatenate(
+        [halves, nudges.view(np.float32), codes, ties, *around, random.view(np.float32)]
+    )
+    x = np.concatenate([x, special_values])
+    return np.stack([x, rng.permutation(x)], 1)
+
+
+CONVERT = params_dtype([("in", POINTER), ("out", POINTER), ("n", I32)])
+COPY = params_dtype([("in", POINTER), ("out", POINTER)])
+FRAGMENTS = params_dtype([(n, POINTER) for n in ("in", "accum", "fragments", "d")])
+HOPPER = params_dtype(
+    [("map", TENSOR_MAP)]
+    + [(n, POINTER) for n in ("boxes", "d", "transposed")]
+    + [("coordinates", I32, (4,))]
+)
+
+
+def convert(place: str) -> np.ndarray:
+    x = awkward_floats()
+    out = np.zeros((len(x), 7), np.uint32)
+    fields = {"in": x, "out": out, "n": len(x)}
+    return launch_on(place, "ptx_convert", CONVERT, 256, -(-len(x) // 256), **fields)["out"]
+
+
+def copy(place: str) -> np.ndarray:
+    given = np.arange(512, dtype=np.uint32).reshape(128, 4) * 0x01010101 + 7
+    fields = {"in": given, "out": np.zeros_like(given)}
+    return launch_on(place, "ptx_copy", COPY, 64, **fields)["out"]
+
+
+def fragments(place: str, exact: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the arrays of ``ptx_fragments`` and the operand's words; exact: small integers."""
+    rng = np.random.default_rng(3)
+    x = rng.integers(-8, 9, (32, 8)) if exact else rng.standard_normal((32, 8))
+    words = x.astype(ml_dtypes.bfloat16).view(np.uint16)
+    if not exact:
+        words &= np.uint16(0xBFFF)  # finite as fp16 too
+    accum = rng.integers(-9, 9, (16, 8)).astype(np.float32)
+    given = {
+        "in": words,
+        "accum": accum,
+        "fragments": np.zeros((32, 4), np.uint32),
+        "d": np.zeros((2, 16, 8), np.float32),
+    }
+    return launch_on(place, "ptx_fragments", FRAGMENTS, 32, **given), words
+
+
+def hopper(place: str, codes: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the arrays of ``ptx_hopper`` for e4m3 codes (150, 320); the second box hangs over."""
+
+    def encode(encode_map: Any, address: dict[str, int]) -> np.ndarray:
+        box, shape = (64, 128), codes.shape
+        return encode_map(address["x"], "uint8", shape, (shape[1], 1), box, swizzle="128B")
+
+    return launch_on(
+        place,
+        "ptx_hopper",
+        HOPPER,
+        128,
+        smem=16384,
+        x=codes,
+        map=encode,
+        boxes=np.zeros((2, 64, 128), np.uint8),
+        d=np.zeros((64, 64), np.float32),
+        transposed=np.zeros((4, 32, 8), np.uint16),
+        coordinates=np.array([128, 16, 240, 100], np.int32).tolist(),
+    )
+
+
+def hopper_codes(exact: bool) -> np.ndarray:
+    rng = np.random.default_rng(4)
+    x = rng.integers(-3, 4, (150, 320)) if exact else rng.standard_normal((150, 320))
+    return x.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+
+class TestHost:
+    """The models alone, against NumPy."""
+
+    def test_conversions(self):
+        x, out = awkward_floats(), convert("host")
+        with np.errstate(all="ignore"):
+            pairs = {
+                0: (x.astype(ml_dtypes.bfloat16).view(np.uint16), ml_dtypes.bfloat16),
+                1: (x.astype(np.float16).view(np.uint16), np.float16),
+            }
+        for column, (expected, dtype) in pairs.items():
+            got = np.ascontiguousarray(out[:, column]).view(np.uint16).reshape(-1, 2)
+            nan = np.isnan(expected.view(dtype).astype(np.float32))
+            assert (got[nan] == 0x7FFF).all() and (got[~nan] == expected[~nan]).all()
+        from cumoe.reference import to_e4m3
+
+        codes = to_e4m3(x).view(np.uint8).astype(np.uint32)
+        assert (out[:, 4] == (codes[:, 0] | codes[:, 1] << 8)).all()
+        halves = (np.ascontiguousarray(x[:, 0]).view(np.uint32) & 0xFFFF).astype(np.uint16)
+        widened = halves.view(np.float16).astype(np.float32)
+        same = np.ascontiguousarray(out[:, 3]).view(np.float32)
+        np.testing.assert_array_equal(same, widened)
+
+    def test_copy(self):
+        given = np.arange(512, dtype=np.uint32).reshape(128, 4) * 0x01010101 + 7
+        expected = given.view(np.uint8).reshape(128, 16).copy()
+        for t in range(64):
+            expected[t, t % 17 :] = 0
+            expected[t + 64, 16 - t % 17 :] = 0
+        got = copy("host").view(np.uint8).reshape(128, 16)
+        assert (got[:64] == expected[63::-1]).all() and (got[64:] == expected[:63:-1]).all()
+
+    def test_fragments(self):
+        arrays, words = fragments("host", True)
+        a = words.view(ml_dtypes.bfloat16).astype(np.float64).reshape(4, 8, 8)
+        left = np.block([[a[0], a[2]], [a[1], a[3]]])
+        right = np.concatenate([a[0], a[1]], 1)
+        assert (arrays["d"][0] == left @ right.T + arrays["accum"]).all()
+        pairs = words.view(np.uint32).reshape(4, 8, 4)
+        lanes = np.arange(32)
+        assert (arrays["fragments"] == pairs[:, lanes // 4, lanes % 4].T).all()
+
+    def test_hopper(self):
+        codes = hopper_codes(True)
+        arrays = hopper("host", codes)
+        wide = np.pad(codes, ((0, 64), (0, 128)))
+        boxes = np.stack([wide[16:80, 128:256], wide[100:164, 240:368]])
+        rows, chunks = np.indices((64, 8))
+        laid = arrays["boxes"].reshape(2, 64, 8, 16)[:, rows, chunks ^ rows % 8]
+        assert (laid.reshape(boxes.shape) == boxes).all()
+        a, b = boxes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        assert (arrays["d"] == a @ b.T).all()
+        lanes = np.arange(32)
+        for warp in range(4):
+            for matrix in range(4):
+                low = 8 * (32 * warp + lanes) + 2 * matrix
+                expected = np.zeros((8, 8), np.uint16)
+                expected[2 * (lanes % 4), lanes // 4] = low
+                expected[2 * (lanes % 4) + 1, lanes // 4] = low + 1
+                got = arrays["transposed"][warp, 8 * matrix : 8 * matrix + 8]
+                assert (got == expected).all()
+
+
+@pytest.mark.gpu
+class TestDevice:
+    """The hardware against the models."""
+
+    def test_conversions(self):
+        np.testing.assert_array_equal(convert("device"), convert("host"))
+
+    def test_copy(self):
+        np.testing.assert_array_equal(copy("device"), copy("host"))
+
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_fragments(self, exact):
+        device, words = fragments("device", exact)
+        host, _ = fragments("host", exact)
+        np.testing.assert_array_equal(device["fragments"], host["fragments"])
+        a = words.reshape(4, 8, 8)
+        left = np.block([[a[0], a[2]], [a[1], a[3]]])
+        right = np.concatenate([a[0], a[1]], 1)
+        for type_, dtype in enumerate((ml_dtypes.bfloat16, np.float16)):
+            wide = (np.abs(x.view(dtype).astype(np.float64)) for x in (left, right))
+            sums = np.matmul(next(wide), next(wide).T) + np.abs(device["accum"])
+            error = np.abs(device["d"][type_].astype(np.float64) - host["d"][type_])
+            # Integers are exact; otherwise addends are cut to the last place of the largest one.
+            assert (error <= (0 if exact and type_ == 0 else 2**-20) * sums).all()
+
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_hopper(self, exact):
+        import cupy
+
+        if int(cupy.cuda.Device().compute_capability) != 90:
+            pytest.skip("needs compute capability 9.0")
+        codes = hopper_codes(exact)
+        device, host = hopper("device", codes), hopper("host", codes)
+        for name in ("boxes", "transposed"):
+            np.testing.assert_array_equal(device[name], host[name])
+        wide = np.pad(codes, ((0, 64), (0, 128)))
+        boxes = np.stack([wide[16:80, 128:256], wide[100:164, 240:368]])
+        a, b = np.abs(boxes.view(ml_dtypes.float8_e4m3fn).astype(np.float64))
+        error = np.abs(device["d"].astype(np.float64) - host["d"])
+        # Measured on an H200: 1.3e-4 of sum |a||b| over K = 128; small integers are exact.
+        assert (error <= (0 if exact else 2.5e-4) * (a @ b.T)).all()

@@ -1,0 +1,55 @@
+"""Every kernel under AddressSanitizer, in a process that is started with its run-time library.
+
+The engine's own checks, and UndefinedBehaviorSanitizer's, are on in every run; this one adds every
+single access of a kernel to the heap, its stack and the unused part of dynamic shared memory.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.host import loader
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> None:
+    loader.require()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=loader.asan_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.mark.sanitizer
+@pytest.mark.slow
+def test_every_kernel():
+    done = run("-m", "tests.host.run_cases", "--once", "--first", "3")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+@pytest.mark.sanitizer
+def test_notices_an_access_past_an_array():
+    code = """
+from cumoe.launch import KERNEL_DIR
+from tests.host import cases, loader
+text = (KERNEL_DIR / "quantize_fp8_block.cu").read_text()
+changed = {"quantize_fp8_block.cu": text.replace("row < p.num_rows && ", "")}
+(case,) = (c for c in cases.CASES["quantize_fp8_block"] if c.name == "tails")
+cases.check(case, loader.HostOptions(changed=changed))
+"""
+    done = run("-c", code)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-3000:]
