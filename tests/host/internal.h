@@ -1,7 +1,9 @@
 // What the parts of the engine share: threads, warps, blocks, clusters and the state of a run.
 #pragma once
 
+#include <signal.h>
 #include <stdarg.h>
+#include <sys/time.h>
 
 #include <map>
 #include <string>
@@ -172,19 +174,70 @@ struct Run {
   bool failed;
 };
 
+/// A block that is to run: where it is in its grid and in its cluster.
+struct Job {
+  const Grid* grid;
+  const void* params;
+  Dim3 index;
+  Cluster* cluster;
+  unsigned rank;
+};
+
 extern Random rng;
 extern Run run;
 
+/// Whether a fibre runs, and not the scheduler; an error of the scheduler's own work is thrown.
+extern volatile bool on_fibre;
+
+struct Failed {};
+
+/// Stacks of threads that are gone.
+extern std::vector<Fibre> spare_fibres;
+
 inline FullThread* me() { return static_cast<FullThread*>(self); }
 
+/// Errors (errors.cpp).
 std::string str(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string at(Site s);
+std::string block_text(const Block* b);
 std::string thread_text(const FullThread* t);
+std::string waiting_text(const Block* b);  // what threads wait for, those of one reason together
 void record(const std::string& text);
+
+/// Turns faults of kernel code, and a run without progress, into errors while it lives.
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGVTALRM};
+
+struct SignalHandlers {
+  struct sigaction old[sizeof kSignals / sizeof kSignals[0]];
+  stack_t old_stack;
+  itimerval old_timer;
+  std::vector<unsigned char> stack;
+
+  SignalHandlers();
+  ~SignalHandlers();
+};
+
+/// Scheduling (scheduler.cpp).
+void start(Block* b, const Job& job);
+bool step(Block* b);  // runs one thread to its next yield point, or lands a copy; false if neither
+void to_scheduler(bool ending = false);  // switches from a fibre to its block's scheduler
 
 /// Gives way without being runnable; make_runnable ends it.
 void suspend(State state, const char* doing, Site site);
 void make_runnable(FullThread* t);
+
+/// Releases a barrier at which all have arrived (barriers.cpp).
+void check_barrier(Block* b, Barrier& barrier);
+
+/// Copies of cp.async (memory.cpp).
+void complete(const Copy& c);
+void complete_some(FullThread* t);     // some of this thread's, in any order
+bool complete_arrivals(Block* b);      // all of a thread that others wait for; false if none
+void deliver_arrivals(FullThread* t);  // arrives on mbarriers whose copies have all landed
+
+/// Shared memory of a block: filled before it, checked after it (memory.cpp).
+void init_shared(Block* b);
+void check_guard(Block* b);
 
 /// Asynchronous work of the hardware, called between the steps of threads (hopper.cpp).
 bool complete_bulk(Block* b);  // lands one TMA copy; false if there is none

@@ -3,7 +3,7 @@
 A kernel is named by the same :class:`cumoe.launch.KernelSpec` as on a GPU. Its sources are not
 changed: they are linked into a folder in which the files of ``tests/host/overlay`` take the place
 of the headers with inline PTX, and compiled behind ``shim.h``. Libraries are kept in a cache
-folder by the hash of all they are made of. Errors of a run (see ``engine.cpp``) are raised as
+folder by the hash of all they are made of. Errors of a run (see ``errors.cpp``) are raised as
 :class:`HostError`.
 """
 
@@ -190,7 +190,7 @@ def _run_compiler(arguments: Sequence[str | Path]) -> None:
 
 @functools.cache
 def _engine() -> ctypes.CDLL:
-    sources = [HERE / "engine.cpp", HERE / "hopper.cpp"]
+    sources = sorted(HERE.glob("*.cpp"))
     asan = asan_active()
     flags = ["-std=c++17", "-O2", "-g", "-fPIC", "-pthread", *(_ASAN if asan else ())]
 
@@ -199,7 +199,8 @@ def _engine() -> ctypes.CDLL:
         _run_compiler([*flags, "-shared", *sources, "-o", library])
         return library
 
-    texts = [file.read_text() for file in (*sources, *sorted(HERE.glob("*.h")))]
+    files = (*sources, *sorted(HERE.glob("*.h")))
+    texts = [f"{file.name}\0{file.read_text()}" for file in files]
     path = _build([*texts, *flags], "engine", compile_into)
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     library.cumoe_host_run.argtypes = [
