@@ -238,7 +238,7 @@ def select_sm90_tile(num_slots: int, num_experts: int) -> int:
 
     H200, DeepSeek-V3, both GEMMs in us at the heights tried:
     T = 16384 (mean 512): 112 16962, 96 19052. T = 4096 (128): 80 5127, 64 5283, 96 6201, 112 6886.
-    T = 512 (16): 24 2678, 32 2680. T = 64 (2): 8 2284, 16 2286.
+    T = 512 (16): 24 2678, 32 2680. T = 64 (2): 8 2291, 16 2286. The last two are ties.
     """
     mean = num_slots / max(num_experts, 1)
     likely = mean + 2 * mean**0.5
