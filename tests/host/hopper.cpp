@@ -1,17 +1,11 @@
-// Functional models of Hopper's asynchronous machinery: mbarriers, TMA loads, wgmma, clusters.
+// Functional models of Hopper's asynchronous machinery: mbarriers, bulk copies, clusters.
 //
 // mbarrier   kept beside shared memory; its word there holds a mark, so that a barrier that is not
 //            initialised or was overwritten is noticed.
 // TMA        the box is read when it is issued and lands, whole, at a random later moment.
-// wgmma      each warp computes its 16 rows; a pending operation leaves NaN in its accumulators and
-//            reads shared memory at a random moment up to its wait. Exact products, summed in
-//            double and rounded once an instruction: the hardware keeps fewer bits
-//            (docs/testing.md).
 #include <algorithm>
-#include <cmath>
 
 #include "internal.h"
-#include "numbers.h"
 
 namespace cumoe_host {
 
@@ -210,175 +204,11 @@ bool complete_bulk(Block* b) {
   return true;
 }
 
-// ------------------------------------------------------------------------------------------- wgmma
-
-namespace {
-
-struct WgmmaOperands {
-  Wgmma op;
-  float* d;
-  Site site;
-};
-
-constexpr int kMaxN = 256;
-
-/// Bytes of 32 of k of a row of a K-major operand with 128-byte swizzle.
-const unsigned char* row_bytes_of(Block* b, uint64_t descriptor, int row, int chunk) {
-  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fffu) << 4;
-  const uint32_t group = static_cast<uint32_t>(descriptor >> 32 & 0x3fffu) << 4;
-  uint32_t address = start + row / 8 * group + row % 8 * 128 + chunk * 16;
-  address ^= (address >> 7 & 7u) << 4;
-  return b->shared_begin + address;
-}
-
-void widen(float* to, const unsigned char* bytes, int kind) {
-  static float table[256];
-  static const bool filled = [] {
-    for (unsigned i = 0; i < 256; ++i) table[i] = from_e4m3(i);
-    return true;
-  }();
-  (void)filled;
-  if (kind == kWgmmaE4m3) {
-    for (int i = 0; i < 16; ++i) to[i] = table[bytes[i]];
-  } else {
-    for (int i = 0; i < 8; ++i) to[i] = from_bf16(bytes[2 * i] | unsigned{bytes[2 * i + 1]} << 8);
-  }
-}
-
-void execute(Warp* w, Wgmma& op) {
-  Block* b = w->threads[0]->block;
-  const int elements = op.kind == kWgmmaE4m3 ? 32 : 16, per_chunk = elements / 2;
-  const int first_row = static_cast<int>(w->threads[0]->linear / 32 % 4) * 16;
-  static float a[16][32], bt[kMaxN][32];
-  for (int r = 0; r < 16; ++r) {
-    for (int c = 0; c < 2; ++c)
-      widen(a[r] + c * per_chunk, row_bytes_of(b, op.a, first_row + r, c), op.kind);
-  }
-  for (int n = 0; n < op.n; ++n) {
-    for (int c = 0; c < 2; ++c) widen(bt[n] + c * per_chunk, row_bytes_of(b, op.b, n, c), op.kind);
-  }
-  std::vector<float>& values = w->accumulators[op.d[0]];
-  const int per_lane = op.n / 2;
-  for (int r = 0; r < 16; ++r) {
-    for (int n = 0; n < op.n; ++n) {
-      const int lane = r % 8 * 4 + n % 8 / 2, v = n / 8 * 4 + r / 8 * 2 + n % 2;
-      float& d = values[static_cast<size_t>(lane) * kMaxN / 2 + v];
-      double sum = op.accumulate ? double{d} : 0.0;
-      for (int k = 0; k < elements; ++k) sum += double{a[r][k]} * bt[n][k];
-      d = static_cast<float>(sum);
-    }
-  }
-  (void)per_lane;
-  op.done = true;
-}
-
-void issue(void* const* lanes, unsigned) {
-  Warp* w = self->warp;
-  auto* first = static_cast<WgmmaOperands*>(lanes[0]);
-  Wgmma op = first->op;
-  for (int l = 0; l < 32; ++l) {
-    auto* o = static_cast<WgmmaOperands*>(lanes[l]);
-    if (o->op.a != op.a || o->op.b != op.b || o->op.accumulate != op.accumulate) {
-      fail(first->site, "wgmma: lanes 0 and %d have different descriptors or scale-d", l);
-    }
-    op.d[l] = o->d;
-  }
-  op.group = w->wgmma_group;
-  std::vector<float>& values = w->accumulators[op.d[0]];
-  if (values.empty()) {
-    values.assign(32 * kMaxN / 2, 0.0f);
-    for (int l = 0; l < 32; ++l) memcpy(&values[l * kMaxN / 2], op.d[l], op.n / 2 * sizeof(float));
-  }
-  for (int l = 0; l < 32; ++l) memset(op.d[l], 0xff, op.n / 2 * sizeof(float));
-  w->wgmmas.push_back(op);
-  advance_wgmma(w);
-}
-
-void nothing(void* const*, unsigned) {}
-
-}  // namespace
-
-void advance_wgmma(Warp* w) {
-  for (Wgmma& op : w->wgmmas) {
-    if (op.done) continue;
-    if (rng.below(256) >= run.copy_chance) return;
-    execute(w, op);
-  }
-}
-
-void wgmma_fence(Site site) {
-  collective("wgmma.fence", 0xffffffffu, nullptr, nothing, true, site);
-  self->warp->wgmma_fenced = true;
-}
-
-void wgmma_mma(int kind, int n, float* d, uint64_t a, uint64_t b, bool accumulate, Site site) {
-  if (!self->warp->wgmma_fenced) fail(site, "wgmma without a wgmma.fence since the last wait");
-  if (n % 8 || n < 8 || n > kMaxN) fail(site, "wgmma of n = %d", n);
-  const uint64_t operands[2] = {a, b};
-  for (int i = 0; i < 2; ++i) {
-    const uint64_t desc = operands[i];
-    const uint32_t start = static_cast<uint32_t>(desc & 0x3fffu) << 4;
-    if (desc >> 62 != 1) fail(site, "wgmma: only the 128-byte swizzle has a model");
-    if (start & 0x380u) fail(site, "wgmma: tile at shared 0x%x is not 1024-byte aligned", start);
-    const uint32_t group = static_cast<uint32_t>(desc >> 32 & 0x3fffu) << 4;
-    const int rows = i == 0 ? 64 : n;
-    if ((start & 0x7fu) + 32 > 128) fail(site, "wgmma: k goes past the swizzled row of 128 bytes");
-    shared_pointer(start & ~0x7fu, (rows / 8 - 1) * group + 1024, site);
-  }
-  WgmmaOperands o = {{kind, n, a, b, accumulate, false, 0, {}}, d, site};
-  collective("wgmma.mma_async", 0xffffffffu, &o, issue, true, site);
-}
-
-void wgmma_commit(Site site) {
-  collective(
-      "wgmma.commit_group", 0xffffffffu, nullptr,
-      [](void* const*, unsigned) { ++self->warp->wgmma_group; }, true, site);
-}
-
-void wgmma_wait(unsigned pending_groups, Site site) {
-  struct Pending {
-    unsigned groups;
-  } p = {pending_groups};
-  yield(site);
-  collective(
-      "wgmma.wait_group", 0xffffffffu, &p,
-      [](void* const* lanes, unsigned) {
-        Warp* w = self->warp;
-        const unsigned pending = static_cast<Pending*>(lanes[0])->groups;
-        std::vector<Wgmma> left;
-        std::vector<Wgmma> finished;
-        for (Wgmma& op : w->wgmmas) {
-          if (op.group + pending < w->wgmma_group) {
-            if (!op.done) execute(w, op);
-            finished.push_back(op);
-          } else {
-            left.push_back(op);
-          }
-        }
-        w->wgmmas = left;
-        for (const Wgmma& op : finished) {
-          const auto uses = [&](const Wgmma& other) { return other.d[0] == op.d[0]; };
-          if (std::any_of(left.begin(), left.end(), uses)) continue;
-          const auto it = w->accumulators.find(op.d[0]);
-          if (it == w->accumulators.end()) continue;
-          int n = op.n;
-          for (const Wgmma& other : finished) n = uses(other) ? std::max(n, other.n) : n;
-          for (int l = 0; l < 32; ++l) {
-            memcpy(op.d[l], &it->second[l * kMaxN / 2], n / 2 * sizeof(float));
-          }
-          w->accumulators.erase(it);
-        }
-        w->wgmma_fenced = false;
-      },
-      true, site);
-}
+// ------------------------------------------------------------------------------------ ends of blocks
 
 std::string unfinished(const Block* b) {
   if (!b->bulks.empty()) return str("%zu TMA copies have not landed", b->bulks.size());
-  for (const Warp& w : b->warps) {
-    if (!w.wgmmas.empty()) return str("%zu wgmma operations were not waited for", w.wgmmas.size());
-  }
-  return "";
+  return unfinished_wgmma(b);
 }
 
 // ---------------------------------------------------------------------------------------- clusters

@@ -95,15 +95,23 @@ struct Wgmma {
   float* d[32];
 };
 
+/// What pending operations leave in the registers of 32 lanes, n / 2 each.
+struct Accumulators {
+  int n;
+  std::vector<float> values;
+};
+
 struct Warp {
   FullThread* threads[32];
   unsigned count;
   unsigned live;
   // wgmma: the accumulators of pending operations are poison; their values are kept here, by lane.
   std::vector<Wgmma> wgmmas;
-  std::map<float*, std::vector<float>> accumulators;  // by lane 0's pointer
+  std::map<float*, Accumulators> accumulators;  // by lane 0's pointer
   unsigned wgmma_group;
-  bool wgmma_fenced;
+  unsigned wgmma_fences;                      // so far
+  std::map<float*, unsigned> wgmma_released;  // fences at the wait that freed the accumulators
+  uint64_t wgmma_trace;                       // hash of all operations
 };
 
 struct Barrier {
@@ -239,11 +247,12 @@ void deliver_arrivals(FullThread* t);  // arrives on mbarriers whose copies have
 void init_shared(Block* b);
 void check_guard(Block* b);
 
-/// Asynchronous work of the hardware, called between the steps of threads (hopper.cpp).
+/// Asynchronous work of the hardware, called between the steps of threads (hopper.cpp, wgmma.cpp).
 bool complete_bulk(Block* b);  // lands one TMA copy; false if there is none
 void advance_wgmma(Warp* w);   // carries out some pending operations
 void arrive(Block* b, uint32_t barrier, int64_t bytes, Site site);
-std::string unfinished(const Block* b);          // what may not be pending when a block ends
+std::string unfinished(const Block* b);  // what may not be pending when a block ends
+std::string unfinished_wgmma(const Block* b);
 std::string mbarrier_text(const FullThread* t);  // state of the barrier a thread waits for
 
 }  // namespace cumoe_host

@@ -13,26 +13,42 @@ inline uint64_t descriptor(uint32_t smem) {
          static_cast<uint64_t>(kSwizzleAtomBytes >> 4) << 32 | uint64_t{1} << 62;
 }
 
+inline void fence(CUMOE_SITE) { cumoe_host::wgmma_fence(site); }
+
+inline void commit(CUMOE_SITE) { cumoe_host::wgmma_commit(site); }
+
+template <int N>
+inline void wait(CUMOE_SITE) {
+  static_assert(N >= 0 && N <= 7, "groups that wgmma.wait_group may leave pending");
+  cumoe_host::wgmma_wait(N, site);
+}
+
 /// Four steps over 128 bytes of k, as the one asm statement of the original makes them.
 template <int N>
-inline void multiply(int kind, float (&d)[N / 2], uint64_t w, uint64_t a, cumoe_host::Site site) {
+inline void mma(int kind, float (&d)[N / 2], uint64_t w, uint64_t a, bool accumulate,
+                cumoe_host::Site site) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256, "n of wgmma");
-  cumoe_host::wgmma_fence(site);
   for (unsigned step = 0; step < 4; ++step) {
-    cumoe_host::wgmma_mma(kind, N, d, w + 2 * step, a + 2 * step, step != 0, site);
+    cumoe_host::wgmma_mma(kind, N, d, w + 2 * step, a + 2 * step, step != 0 || accumulate, site);
   }
-  cumoe_host::wgmma_commit(site);
-  cumoe_host::wgmma_wait(0, site);
+}
+
+template <int N>
+inline void mma_e4m3(float (&d)[N / 2], uint64_t w, uint64_t a, bool accumulate, CUMOE_SITE) {
+  mma<N>(cumoe_host::kWgmmaE4m3, d, w, a, accumulate, site);
+}
+
+template <int N>
+inline void mma_bf16(float (&d)[N / 2], uint64_t w, uint64_t a, bool accumulate, CUMOE_SITE) {
+  mma<N>(cumoe_host::kWgmmaBf16, d, w, a, accumulate, site);
 }
 
 template <int N>
 inline void multiply_e4m3(float (&d)[N / 2], uint64_t w, uint64_t a, CUMOE_SITE) {
-  multiply<N>(cumoe_host::kWgmmaE4m3, d, w, a, site);
-}
-
-template <int N>
-inline void multiply_bf16(float (&d)[N / 2], uint64_t w, uint64_t a, CUMOE_SITE) {
-  multiply<N>(cumoe_host::kWgmmaBf16, d, w, a, site);
+  fence(site);
+  mma_e4m3<N>(d, w, a, false, site);
+  commit(site);
+  wait<0>(site);
 }
 
 }  // namespace wgmma
