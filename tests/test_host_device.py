@@ -89,6 +89,18 @@ HOPPER = params_dtype(
     + [(n, POINTER) for n in ("boxes", "d", "transposed")]
     + [("coordinates", I32, (4,))]
 )
+STORE = params_dtype([("map", TENSOR_MAP), ("row", POINTER), ("coordinates", I32, (4,))])
+WGMMA = params_dtype([(n, POINTER) for n in ("w", "a", "d")])
+WGMMA_SIZES = (8, 56, 104, 16, 88, 160)
+"""n of each product of ``ptx_wgmma``: three of e4m3, then three of bf16."""
+
+
+def require_hopper() -> None:
+    """Skip the calling test on other devices."""
+    import cupy
+
+    if int(cupy.cuda.Device().compute_capability) != 90:
+        pytest.skip("needs compute capability 9.0")
 
 
 def convert(place: str) -> np.ndarray:
@@ -147,6 +159,59 @@ def hopper_codes(exact: bool) -> np.ndarray:
     rng = np.random.default_rng(4)
     x = rng.integers(-3, 4, (150, 320)) if exact else rng.standard_normal((150, 320))
     return x.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+
+def store(place: str) -> dict[str, np.ndarray]:
+    """Return the arrays of ``ptx_store``; the second box hangs over on two sides."""
+
+    def encode(encode_map: Any, address: dict[str, int]) -> np.ndarray:
+        return encode_map(address["x"], "uint8", (150, 320), (320, 1), (64, 128), swizzle="128B")
+
+    return launch_on(
+        place,
+        "ptx_store",
+        STORE,
+        128,
+        smem=16384,
+        x=np.full((150, 320), 0xEE, np.uint8),
+        map=encode,
+        row=np.full(4200, 0xEE, np.uint8),
+        coordinates=np.array([16, 24, 240, 100], np.int32).tolist(),
+    )
+
+
+def wgmma_operands(exact: bool, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return w (64, k) and a (160, k) of 256 bytes of k; exact: small integers."""
+    rng = np.random.default_rng(6)
+    k = 256 // np.dtype(dtype).itemsize
+    x = rng.integers(-3, 4, (224, k)) if exact else rng.standard_normal((224, k))
+    x = x.astype(np.float32).astype(dtype)
+    return x[:64], x[64:]
+
+
+def wgmma(place: str, exact: bool, dtype: Any) -> np.ndarray:
+    """Return what ``ptx_wgmma`` stores for one dtype, (3, 2, 64, 160), and not for the other."""
+    w, a = (
+        np.ascontiguousarray(np.stack(np.split(x.view(np.uint8), 2, 1)))
+        for x in wgmma_operands(exact, dtype)
+    )
+    d = np.full((6, 2, 64, 160), np.nan, np.float32)
+    got = launch_on(place, "ptx_wgmma", WGMMA, 128, smem=65536, w=w, a=a, d=d)["d"]
+    return got[:3] if dtype is ml_dtypes.float8_e4m3fn else got[3:]
+
+
+def wgmma_products(exact: bool, dtype: Any, absolute: bool = False) -> np.ndarray:
+    """Return in float64 what ``ptx_wgmma`` computes, over all 160 columns: (2, 64, 160)."""
+    w, a = (x.astype(np.float64) for x in wgmma_operands(exact, dtype))
+    if absolute:
+        w, a = np.abs(w), np.abs(a)
+    half = w.shape[1] // 2
+    return np.stack([3 + w[:, :half] @ a[:, :half].T, w @ a.T])
+
+
+WGMMA_DTYPES = pytest.mark.parametrize(
+    "dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16], ids=["e4m3", "bf16"]
+)
 
 
 class TestHost:
@@ -211,6 +276,24 @@ class TestHost:
                 got = arrays["transposed"][warp, 8 * matrix : 8 * matrix + 8]
                 assert (got == expected).all()
 
+    def test_store(self):
+        arrays = store("host")
+        i = np.arange(16384)
+        smem = (i * 7 + i // 251).astype(np.uint8)
+        rows, chunks = np.indices((64, 8))
+        boxes = smem.reshape(2, 64, 8, 16)[:, rows, chunks ^ rows % 8].reshape(2, 64, 128)
+        expected = np.full((164, 368), 0xEE, np.uint8)
+        expected[24:88, 16:144], expected[100:164, 240:368] = boxes
+        assert (arrays["x"] == expected[:150, :320]).all()
+        assert (arrays["row"][:4112] == smem[-4112:]).all() and (arrays["row"][4112:] == 0xEE).all()
+
+    @WGMMA_DTYPES
+    def test_wgmma(self, dtype):
+        got, expected = wgmma("host", True, dtype), wgmma_products(True, dtype)
+        sizes = WGMMA_SIZES[:3] if dtype is ml_dtypes.float8_e4m3fn else WGMMA_SIZES[3:]
+        for d, n in zip(got, sizes, strict=True):
+            assert (d[:, :, :n] == expected[:, :, :n]).all() and np.isnan(d[:, :, n:]).all()
+
 
 @pytest.mark.gpu
 class TestDevice:
@@ -239,10 +322,7 @@ class TestDevice:
 
     @pytest.mark.parametrize("exact", [True, False])
     def test_hopper(self, exact):
-        import cupy
-
-        if int(cupy.cuda.Device().compute_capability) != 90:
-            pytest.skip("needs compute capability 9.0")
+        require_hopper()
         codes = hopper_codes(exact)
         device, host = hopper("device", codes), hopper("host", codes)
         for name in ("boxes", "transposed"):
@@ -253,3 +333,22 @@ class TestDevice:
         error = np.abs(device["d"].astype(np.float64) - host["d"])
         # Measured on an H200: 1.3e-4 of sum |a||b| over K = 128; small integers are exact.
         assert (error <= (0 if exact else 2.5e-4) * (a @ b.T)).all()
+
+    def test_store(self):
+        require_hopper()
+        device, host = store("device"), store("host")
+        for name in ("x", "row"):
+            np.testing.assert_array_equal(device[name], host[name])
+
+    @WGMMA_DTYPES
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_wgmma(self, exact, dtype):
+        require_hopper()
+        device, host = wgmma("device", exact, dtype), wgmma("host", exact, dtype)
+        # By the 128 bytes of k in each sum. Of e4m3, as in test_hopper; bf16 keeps the bits of fp32
+        # and cuts addends to the last place of the largest one, eight times.
+        step = 2.5e-4 if dtype is ml_dtypes.float8_e4m3fn else 2**-20
+        bound = wgmma_products(exact, dtype, absolute=True) * [[[step]], [[2 * step]]]
+        error = np.abs(device.astype(np.float64) - host)
+        assert (np.isnan(device) == np.isnan(host)).all()
+        assert not (error > (0 if exact else bound)).any()

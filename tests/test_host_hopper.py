@@ -226,6 +226,85 @@ class TestTma:
         assert failures > (0 if message is None else len(SEEDS) - 1)
 
 
+class TestBulkStore:
+    """Two groups of one thread: a box, and a row of bytes from the same shared memory."""
+
+    STORE = """
+  for (int k = i; k < 2048; k += 128) smem[k] = static_cast<uint8_t>(k * 5 + k / 256);
+  ptx::fence_proxy_async();
+  __syncthreads();
+  if (i == 0) {
+    ptx::tma_store_2d(&p.map, data, COLUMN, ROW);
+    ptx::cp_async_bulk_commit_group();
+    ptx::cp_async_bulk_store(p.out, data + 1024, 512);
+    ptx::cp_async_bulk_commit_group();
+    ptx::cp_async_bulk_wait_group_read<1>();
+    for (int k = 0; k < 1024; ++k) smem[k] = 0;
+    ptx::cp_async_bulk_wait_group<0>();
+    smem[0] = *reinterpret_cast<const uint8_t*>(p.out + 127);
+  }
+  __syncthreads();
+  p.out[128 + i] = smem[0];"""
+
+    def right(self, probe, seed: int, body: str = STORE, column: int = 0, row: int = 0) -> bool:
+        x = np.zeros((20, 320), np.uint8)
+        words = encode_tiled(x.ctypes.data, "uint8", x.shape, x.strides, (8, 128), swizzle="128B")
+        body = body.replace("COLUMN", str(column)).replace("ROW", str(row))
+        out = probe(body, n=256, tensor_map=words, seed=seed)
+        k = np.arange(2048)
+        smem = (k * 5 + k // 256).astype(np.uint8)
+        rows, chunks = np.indices((8, 8))
+        wide = np.zeros((60, 800), np.uint8)
+        box = smem[:1024].reshape(8, 8, 16)[rows, chunks ^ rows].reshape(8, 128)
+        wide[16 + row : 24 + row, 256 + column : 384 + column] = box
+        return (
+            bool((x == wide[16:36, 256:576]).all())
+            and bool((out[:128].view(np.uint8) == smem[1024:1536]).all())
+            and bool((out[128:] == smem[1532]).all())
+        )
+
+    @pytest.mark.parametrize("at", [(0, 0), (128, 8), (256, 16), (-16, -3), (400, 2)])
+    def test_stores(self, probe, at):
+        assert all(self.right(probe, seed, column=at[0], row=at[1]) for seed in SEEDS)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("    ptx::cp_async_bulk_wait_group_read<1>();\n", "", None),
+            ("wait_group_read<1>", "wait_group_read<2>", None),
+            ("wait_group<0>", "wait_group<1>", "1 bulk stores were not waited for"),
+            ("wait_group<0>", "wait_group_read<0>", None),
+            (
+                "    ptx::cp_async_bulk_wait_group<0>();\n",
+                "",
+                "thread .0, 0, 0. ends, but 1 bulk stores were not waited for",
+            ),
+            (
+                "512);\n    ptx::cp_async_bulk_commit_group();",
+                "512);",
+                "(?s)1 bulk stores were not waited for",
+            ),
+            ("data, COLUMN", "data + 64, COLUMN", "TMA store at shared .* not 128-byte aligned"),
+            ("data, COLUMN", "data + 15616, COLUMN", "outside the 16384 bytes"),
+            ("data + 1024, 512", "data + 1032, 512", "cp.async.bulk .* not 16-byte aligned"),
+            ("data + 1024, 512", "data + 1024, 520", "cp.async.bulk of 520 bytes"),
+            ("data + 1024, 512", "data + 16000, 512", "outside the 16384 bytes"),
+            ("p.out, data", "p.out + 256, data", "probe.cu:8|invalid memory access"),
+            ("&p.map", "reinterpret_cast<const TensorMap*>(smem)", "no tensor map"),
+        ],
+    )
+    def test_faults(self, probe, old, new, message):
+        assert old in self.STORE
+        failures = 0
+        for seed in SEEDS:
+            try:
+                failures += not self.right(probe, seed, self.STORE.replace(old, new))
+            except loader.HostError as error:
+                assert message is not None and re.search(message, str(error)), error
+                failures += 1
+        assert failures > (3 if message is None else len(SEEDS) - 1)
+
+
 class TestWgmma:
     """Two groups in flight: one product of (64, 128 bytes) by (24, 128 bytes), and two summed."""
 

@@ -119,6 +119,42 @@ __device__ __forceinline__ void tma_load_5d_multicast(uint32_t smem, const Tenso
       : "memory");
 }
 
+/// Copies a 2-D box from shared memory, leaving out what lies outside the array; joins the bulk group that
+/// this thread commits next. Writes to the box come before a fence_proxy_async of their threads
+/// (PTX ISA, "cp.async.bulk.tensor").
+__device__ __forceinline__ void tma_store_2d(const TensorMap* map, uint32_t smem, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(smem), "r"(c0), "r"(c1)
+      : "memory");
+}
+
+/// Copies `bytes`, a multiple of 16, from shared to global memory, both 16-byte aligned; otherwise like
+/// tma_store_2d (PTX ISA, "cp.async.bulk").
+__device__ __forceinline__ void cp_async_bulk_store(void* gmem, uint32_t smem, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(gmem), "r"(smem),
+               "r"(bytes)
+               : "memory");
+}
+
+/// Closes this thread's group of bulk stores (PTX ISA, "cp.async.bulk.commit_group").
+__device__ __forceinline__ void cp_async_bulk_commit_group() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/// Waits until all but the last N groups of this thread have read shared memory, which may then be
+/// written again; a thread that stored does so before it exits (PTX ISA, "cp.async.bulk.wait_group").
+template <int N>
+__device__ __forceinline__ void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+
+/// Waits until all but the last N groups of this thread are complete: their writes are visible to it.
+template <int N>
+__device__ __forceinline__ void cp_async_bulk_wait_group() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
+
 /// Index of this block in its cluster (PTX ISA, "%cluster_ctarank").
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;

@@ -84,6 +84,12 @@ void check_tensor_map(const void* map, Site site);
 void tma_load(uint32_t smem, const void* map, uint32_t barrier, const int* coordinates, int rank,
               unsigned cta_mask, Site site);
 
+/// Copies from shared to global memory, in groups of the thread.
+void bulk_store(void* gmem, uint32_t smem, int bytes, Site site);
+void tma_store(const void* map, uint32_t smem, const int* coordinates, int rank, Site site);
+void bulk_commit(Site site);
+void bulk_wait(unsigned pending_groups, bool read_only, Site site);
+
 /// wgmma on 16 rows a warp; the accumulators are poison from the operation to its wait.
 constexpr int kWgmmaE4m3 = 0, kWgmmaBf16 = 1;
 void wgmma_fence(Site site);

@@ -122,41 +122,60 @@ const HostMap* map_of(const void* map, Site site) {
   return m;
 }
 
-/// Reads a box; elements outside of the array are the fill.
-std::vector<unsigned char> read_box(const HostMap* m, const int* coordinates) {
-  size_t rows = 1;
-  for (int d = 1; d < m->rank; ++d) rows *= m->box[d];
-  const size_t row_bytes = size_t{m->box[0]} * m->itemsize;
-  std::vector<unsigned char> box(rows * row_bytes, m->fill_nan ? 0xff : 0);
+size_t row_bytes(const HostMap* m) { return size_t{m->box[0]} * m->itemsize; }
+
+size_t box_bytes(const HostMap* m) {
+  size_t bytes = row_bytes(m);
+  for (int d = 1; d < m->rank; ++d) bytes *= m->box[d];
+  return bytes;
+}
+
+/// Calls f(offset in the box, address, bytes) for the part of every row that lies in the array.
+template <class F>
+void each_row(const HostMap* m, const int* coordinates, F&& f) {
+  const size_t rows = box_bytes(m) / row_bytes(m);
   for (size_t r = 0; r < rows; ++r) {
     size_t rest = r;
     bool inside = true;
-    const unsigned char* source = reinterpret_cast<const unsigned char*>(m->address);
+    unsigned char* row = reinterpret_cast<unsigned char*>(m->address);
     for (int d = 1; d < m->rank; ++d) {
       const int64_t c = int64_t{coordinates[d]} + static_cast<int64_t>(rest % m->box[d]);
       rest /= m->box[d];
       inside = inside && c >= 0 && c <= int64_t{m->last[d]};
-      source += c * static_cast<int64_t>(m->strides[d - 1]);
+      row += c * static_cast<int64_t>(m->strides[d - 1]);
     }
-    if (!inside) continue;
     const int64_t first = coordinates[0];
     const int64_t from = std::max<int64_t>(first, 0);
     const int64_t to = std::min<int64_t>(first + m->box[0], int64_t{m->last[0]} + 1);
-    if (from < to) {
-      memcpy(box.data() + r * row_bytes + (from - first) * m->itemsize, source + from * m->itemsize,
-             static_cast<size_t>(to - from) * m->itemsize);
-    }
+    if (!inside || from >= to) continue;
+    f(r * row_bytes(m) + static_cast<size_t>(from - first) * m->itemsize, row + from * m->itemsize,
+      static_cast<size_t>(to - from) * m->itemsize);
   }
-  return box;
+}
+
+/// Where a byte of a box lies: chunks of 16 bytes are exchanged by the address bits above the row.
+uint32_t swizzled(uint32_t smem, size_t offset, unsigned swizzle_bits) {
+  const uint32_t address = smem + static_cast<uint32_t>(offset);
+  return address ^ (address >> 7 & ((1u << swizzle_bits) - 1u)) << 4;
+}
+
+/// Checks what loads and stores have in common.
+const HostMap* check_box(const char* what, const void* map, uint32_t smem, int rank, Site site) {
+  const HostMap* m = map_of(map, site);
+  if (m->rank != rank) fail(site, "%s in %d dimensions with a map of %d", what, rank, m->rank);
+  if (smem % 128) fail(site, "%s at shared 0x%x: not 128-byte aligned", what, smem);
+  if (m->swizzle && row_bytes(m) != 16u << m->swizzle) {
+    fail(site, "%s: rows of %zu bytes with a swizzle of %u", what, row_bytes(m), 16u << m->swizzle);
+  }
+  shared_pointer(smem, box_bytes(m), site);
+  return m;
 }
 
 void land(const Bulk& bulk) {
   for (Block* b : bulk.targets) {
     if (b->live == 0 || b->cluster != bulk.cluster) continue;
     for (size_t i = 0; i < bulk.box.size(); i += 16) {
-      uint32_t to = bulk.smem + static_cast<uint32_t>(i);
-      // Chunks of 16 bytes are exchanged within a row by the address bits above it.
-      to ^= (to >> 7 & ((1u << bulk.swizzle_bits) - 1u)) << 4;
+      const uint32_t to = swizzled(bulk.smem, i, bulk.swizzle_bits);
       memcpy(b->shared_begin + to, bulk.box.data() + i, 16);
     }
     MBarrier& m = b->mbarriers[bulk.barrier];
@@ -173,15 +192,12 @@ void tma_load(uint32_t smem, const void* map, uint32_t barrier, const int* coord
               unsigned cta_mask, Site site) {
   yield(site);
   Block* b = self->block;
-  const HostMap* m = map_of(map, site);
-  if (m->rank != rank) fail(site, "TMA load in %d dimensions with a map of %d", rank, m->rank);
-  if (smem % 128) fail(site, "TMA load to shared 0x%x: not 128-byte aligned", smem);
-  const unsigned row_bytes = unsigned{m->box[0]} * m->itemsize;
-  if (m->swizzle && row_bytes != 16u << m->swizzle) {
-    fail(site, "TMA load: rows of %u bytes with a swizzle of %u", row_bytes, 16u << m->swizzle);
-  }
-  Bulk bulk = {read_box(m, coordinates), smem, barrier, m->swizzle, {}, b->cluster};
-  shared_pointer(smem, bulk.box.size(), site);
+  const HostMap* m = check_box("TMA load", map, smem, rank, site);
+  Bulk bulk = {{}, smem, barrier, m->swizzle, {}, b->cluster};
+  bulk.box.assign(box_bytes(m), m->fill_nan ? 0xff : 0);
+  each_row(m, coordinates, [&](size_t offset, const unsigned char* from, size_t bytes) {
+    memcpy(bulk.box.data() + offset, from, bytes);
+  });
   if (cta_mask == 0) {
     bulk.targets.push_back(b);
   } else {
@@ -204,7 +220,122 @@ bool complete_bulk(Block* b) {
   return true;
 }
 
-// ------------------------------------------------------------------------------------ ends of blocks
+// ------------------------------------------------------------------------------------- bulk stores
+
+namespace {
+
+void read(Block* b, BulkStore& s) {
+  s.box.resize(s.bytes);
+  for (size_t i = 0; i < s.bytes; i += 16) {
+    memcpy(&s.box[i], b->shared_begin + swizzled(s.smem, i, s.swizzle_bits), 16);
+  }
+  s.state = BulkStore::kRead;
+}
+
+void write(BulkStore& s) {
+  for (const BulkStore::Piece& p : s.pieces) memcpy(p.to, &s.box[p.offset], p.bytes);
+  s.state = BulkStore::kWritten;
+  ++run.progress;
+}
+
+void add_store(BulkStore&& s, Site site) {
+  FullThread* t = me();
+  // A bad address is an error of this line, not of the moment at which the copy lands.
+  for (const BulkStore::Piece& p : s.pieces) {
+    for (size_t i = 0; i < p.bytes; i += 4096) (void)*const_cast<volatile unsigned char*>(p.to + i);
+    (void)*const_cast<volatile unsigned char*>(p.to + p.bytes - 1);
+  }
+  s.thread = t;
+  s.group = t->store_group;
+  t->block->stores.push_back(std::move(s));
+  yield(site);
+}
+
+/// The stores of this thread in groups of which at most `pending_groups` were committed later.
+template <class F>
+void each_covered(unsigned pending_groups, F&& f) {
+  FullThread* t = me();
+  for (BulkStore& s : t->block->stores) {
+    if (s.thread == t && s.group + pending_groups < t->store_group) f(s);
+  }
+}
+
+}  // namespace
+
+void bulk_store(void* gmem, uint32_t smem, int bytes, Site site) {
+  me()->site = site;
+  const uintptr_t to = reinterpret_cast<uintptr_t>(gmem);
+  if (bytes <= 0 || bytes % 16) fail(site, "cp.async.bulk of %d bytes", bytes);
+  if (smem % 16 || to % 16) {
+    fail(site, "cp.async.bulk from shared 0x%x to %p: not 16-byte aligned", smem, gmem);
+  }
+  const size_t count = static_cast<size_t>(bytes);
+  shared_pointer(smem, count, site);
+  BulkStore s;
+  s.smem = smem;
+  s.bytes = count;
+  s.pieces.push_back({0, static_cast<unsigned char*>(gmem), count});
+  add_store(std::move(s), site);
+}
+
+void tma_store(const void* map, uint32_t smem, const int* coordinates, int rank, Site site) {
+  me()->site = site;
+  const HostMap* m = check_box("TMA store", map, smem, rank, site);
+  BulkStore s;
+  s.smem = smem;
+  s.bytes = box_bytes(m);
+  s.swizzle_bits = m->swizzle;
+  each_row(m, coordinates, [&](size_t offset, unsigned char* to, size_t bytes) {
+    s.pieces.push_back({offset, to, bytes});
+  });
+  add_store(std::move(s), site);
+}
+
+void bulk_commit(Site site) {
+  me()->site = site;
+  ++me()->store_group;
+}
+
+void bulk_wait(unsigned pending_groups, bool read_only, Site site) {
+  FullThread* t = me();
+  yield(site);
+  each_covered(pending_groups, [&](BulkStore& s) {
+    if (s.state == BulkStore::kIssued) read(t->block, s);
+    if (s.state == BulkStore::kRead && !read_only) write(s);
+    s.waited = true;
+  });
+  auto& all = t->block->stores;
+  const auto done = [](const BulkStore& s) { return s.waited && s.state == BulkStore::kWritten; };
+  all.erase(std::remove_if(all.begin(), all.end(), done), all.end());
+}
+
+void advance_store(Block* b) {
+  BulkStore& s = b->stores[rng.below(static_cast<uint32_t>(b->stores.size()))];
+  if (s.state == BulkStore::kIssued) {
+    read(b, s);
+  } else if (s.state == BulkStore::kRead) {
+    write(s);
+  }
+}
+
+void end_stores(FullThread* t) {
+  auto& all = t->block->stores;
+  size_t open = 0;
+  for (BulkStore& s : all) {
+    if (s.thread != t) continue;
+    open += !s.waited;
+    if (s.waited && s.state == BulkStore::kRead) write(s);
+  }
+  all.erase(std::remove_if(all.begin(), all.end(), [&](auto& s) { return s.thread == t; }),
+            all.end());
+  if (open) {
+    record(thread_text(t) + str(" ends, but %zu bulk stores were not waited for, at least until "
+                                "they have read shared memory",
+                                open));
+  }
+}
+
+// ---------------------------------------------------------------------------------- ends of blocks
 
 std::string unfinished(const Block* b) {
   if (!b->bulks.empty()) return str("%zu TMA copies have not landed", b->bulks.size());

@@ -83,6 +83,7 @@ struct FullThread : Thread {
   std::vector<CopyArrival> copy_arrivals;
   unsigned copy_group;
   uint64_t copy_sequence;
+  unsigned store_group;
 };
 
 /// A wgmma of one warp (16 of the 64 rows) that has not been waited for.
@@ -138,6 +139,24 @@ struct Bulk {
   Cluster* cluster;
 };
 
+/// A copy from shared to global memory (1-D or TMA): reads and writes at two random moments.
+struct BulkStore {
+  struct Piece {
+    size_t offset;  // in the box
+    unsigned char* to;
+    size_t bytes;
+  };
+  enum { kIssued, kRead, kWritten } state = kIssued;
+  FullThread* thread = nullptr;
+  unsigned group = 0;
+  bool waited = false;
+  uint32_t smem = 0;
+  size_t bytes = 0;
+  unsigned swizzle_bits = 0;
+  std::vector<Piece> pieces;
+  std::vector<unsigned char> box;
+};
+
 struct Cluster {
   std::vector<Block*> blocks;
   unsigned arrived;
@@ -156,6 +175,7 @@ struct Block {
   Barrier barriers[kMaxBarriers];
   std::map<uint32_t, MBarrier> mbarriers;
   std::vector<Bulk> bulks;
+  std::vector<BulkStore> stores;
   unsigned copy_arrivals;  // pending ones of all threads
   Fibre main;
   unsigned last_warp;
@@ -249,7 +269,9 @@ void check_guard(Block* b);
 
 /// Asynchronous work of the hardware, called between the steps of threads (hopper.cpp, wgmma.cpp).
 bool complete_bulk(Block* b);  // lands one TMA copy; false if there is none
-void advance_wgmma(Warp* w);   // carries out some pending operations
+void advance_store(Block* b);  // reads or writes for one bulk store; there is one
+void end_stores(FullThread* t);
+void advance_wgmma(Warp* w);  // carries out some pending operations
 void arrive(Block* b, uint32_t barrier, int64_t bytes, Site site);
 std::string unfinished(const Block* b);  // what may not be pending when a block ends
 std::string unfinished_wgmma(const Block* b);

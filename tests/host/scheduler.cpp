@@ -139,6 +139,7 @@ void exit_thread() {
   for (const Copy& c : t->copies) complete(c);
   t->copies.clear();
   deliver_arrivals(t);
+  if (!b->stores.empty()) end_stores(t);
   t->state = State::kExited;
   --b->live;
   ++run.progress;
@@ -223,6 +224,7 @@ void start(Block* b, const Job& job) {
   b->cluster->blocks[b->rank] = b;
   b->mbarriers.clear();
   b->bulks.clear();
+  b->stores.clear();
   b->copy_arrivals = 0;
   const unsigned n = grid->block.x * grid->block.y * grid->block.z;
   b->num_threads = b->live = n;
@@ -253,6 +255,7 @@ void start(Block* b, const Job& job) {
     t.copy_arrivals.clear();
     t.copy_group = 0;
     t.copy_sequence = 0;
+    t.store_group = 0;
     if (t.fibre.stack == nullptr && !spare_fibres.empty()) {
       t.fibre = spare_fibres.back();
       spare_fibres.pop_back();
@@ -267,6 +270,8 @@ void start(Block* b, const Job& job) {
 
 bool step(Block* b) try {
   if (!b->bulks.empty() && rng.below(256) < run.copy_chance) complete_bulk(b);
+  // Sooner or later always: another block may poll for the data.
+  if (!b->stores.empty() && rng.below(4096) < 16 * run.copy_chance + 1) advance_store(b);
   if (b->runnable.empty()) {
     if (rng.below(2)) return complete_bulk(b) || complete_arrivals(b);
     return complete_arrivals(b) || complete_bulk(b);

@@ -77,6 +77,27 @@ inline void tma_load_5d_multicast(uint32_t smem, const TensorMap* map, uint32_t 
   cumoe_host::tma_load(smem, map, barrier, c, 5, cta_mask, site);
 }
 
+inline void tma_store_2d(const TensorMap* map, uint32_t smem, int c0, int c1, CUMOE_SITE) {
+  const int c[] = {c0, c1};
+  cumoe_host::tma_store(map, smem, c, 2, site);
+}
+
+inline void cp_async_bulk_store(void* gmem, uint32_t smem, int bytes, CUMOE_SITE) {
+  cumoe_host::bulk_store(gmem, smem, bytes, site);
+}
+
+inline void cp_async_bulk_commit_group(CUMOE_SITE) { cumoe_host::bulk_commit(site); }
+
+template <int N>
+inline void cp_async_bulk_wait_group_read(CUMOE_SITE) {
+  cumoe_host::bulk_wait(N, true, site);
+}
+
+template <int N>
+inline void cp_async_bulk_wait_group(CUMOE_SITE) {
+  cumoe_host::bulk_wait(N, false, site);
+}
+
 inline uint32_t cluster_rank() { return cumoe_host::cluster_rank(); }
 
 inline void cluster_sync(CUMOE_SITE) { cumoe_host::cluster_barrier(site); }
