@@ -46,7 +46,7 @@ OUTSIDE = {"numpy", "ml_dtypes"}
 OUTSIDE_BY_LAYER = {name: {"rich"} for name in LAYERS[0] - {""}} | {"launch": {"filelock"}}
 
 MAX_LINES = {".py": 500, ".cu": 450, ".cuh": 450}
-ASM_FILES = {"ptx.cuh", "tma.cuh", "wgmma.cuh"}
+ASM_FILES = {"ptx.cuh", "sync.cuh", "tma.cuh", "wgmma.cuh"}
 
 
 class Import(NamedTuple):

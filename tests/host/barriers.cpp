@@ -75,6 +75,7 @@ void barrier(const char* name, int id, unsigned count, bool wait, Site site) {
   if (id < 0 || id >= static_cast<int>(kMaxBarriers))
     fail(site, "%s: barrier %d does not exist", name, id);
   if (count % 32 != 0) fail(site, "%s: %u threads are no whole warps", name, count);
+  if (!b->words.empty()) hand_over();
   Barrier& r = b->barriers[id];
   if (r.arrived == 0) {
     r.count = count;

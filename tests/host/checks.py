@@ -13,7 +13,7 @@ from cumoe.arrays import DTYPES, FP8
 from cumoe.config import Activation, Permutation
 from cumoe.reference import permutation as twin_permutation
 from tests.helpers import TOLERANCES, relative_errors
-from tests.host.loader import HostOptions, run
+from tests.host.loader import HostOptions, run, run_together
 from tests.host.memory import Arena
 
 SMEM_LIMIT = 227 << 10
@@ -34,6 +34,10 @@ class Host:
     def run(self, *launches: kernels.Launch) -> None:
         """Run launches in order."""
         run(launches, self.options)
+
+    def run_together(self, *launches: kernels.Launch) -> None:
+        """Run launches at the same time: the ranks of a multi-GPU kernel."""
+        run_together(launches, self.options)
 
     def empty(self, shape: Sequence[int], dtype: str) -> np.ndarray:
         """Return an array of poison."""

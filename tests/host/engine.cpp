@@ -22,8 +22,6 @@ Run run;
 
 namespace {
 
-alignas(128) unsigned char params_copy[8][4096];
-
 /// A resident block's OS thread and the token that says which of them runs.
 struct Worker {
   pthread_t thread;
@@ -33,7 +31,6 @@ struct Worker {
   bool quit = false;
   const Job* next = nullptr;
   unsigned steps = 0;
-  bool ran = false;
 };
 
 void* worker_main(void* data) {
@@ -48,10 +45,12 @@ void* worker_main(void* data) {
     if (w->quit) break;
     if (w->next) start(&w->block, *w->next);
     w->next = nullptr;
-    w->ran = false;
+    run.turn_passed = false;
     for (unsigned i = 0; i < w->steps && !run.failed && w->block.live && step(&w->block); ++i) {
-      w->ran = true;
+      if (run.turn_passed) break;
     }
+    // Sooner or later always: another block may wait for the data.
+    if (!w->block.words.empty() && rng.below(16) == 0) land_words(&w->block, false);
     if (w->block.live == 0 && !run.failed) check_guard(&w->block);
     sem_post(&w->gave_way);
   }
@@ -63,16 +62,12 @@ void* worker_main(void* data) {
 /// One block after the other on this OS thread.
 void run_in_turn(const std::vector<Job>& jobs) {
   static Block block;
-  uint64_t polls = 0, progress = run.progress;
   for (const Job& job : jobs) {
     start(&block, job);
-    while (block.live && !run.failed) {
+    for (unsigned steps = 0; block.live && !run.failed; ++steps) {
       if (!step(&block)) {
         record("deadlock in " + block_text(&block) + ":" + waiting_text(&block));
-      } else if (run.progress != progress) {
-        progress = run.progress;
-        polls = 0;
-      } else if (++polls > 4000ull * block.num_threads + 4000000ull) {
+      } else if (run.polls > run.max_polls || (steps % 4096 == 0 && stuck(&block))) {
         record("deadlock, all threads poll, in " + block_text(&block) + ":" + waiting_text(&block));
       }
     }
@@ -81,48 +76,94 @@ void run_in_turn(const std::vector<Job>& jobs) {
   }
 }
 
-/// Up to `resident` blocks at the same time, in random turns.
-void run_together(const std::vector<Job>& jobs, unsigned resident) {
-  resident = std::min<unsigned>(resident, static_cast<unsigned>(jobs.size()));
-  std::vector<Worker> workers(resident);
+/// The blocks of one grid in the order in which they start, clusters in one piece.
+struct Queue {
+  const Grid* grid;
+  std::vector<Job> jobs;
+  unsigned resident;  // blocks that may be alive
+  size_t started = 0, ended = 0;
+  uint64_t first_turn = 0;  // before which no block starts
+  unsigned pace = 1;        // of its blocks' turns one in so many is taken
+
+  bool may_start() const {
+    return started < jobs.size() &&
+           started - ended + jobs[started].cluster->blocks.size() <= resident;
+  }
+};
+
+std::string all_waiting(const std::vector<Queue>& queues, const std::vector<Worker*>& busy) {
+  std::string text = "deadlock:";
+  for (const Worker* w : busy) text += "\n" + block_text(&w->block) + ":" + waiting_text(&w->block);
+  for (size_t g = 0; g < queues.size(); ++g) {
+    const Queue& q = queues[g];
+    if (q.ended) {
+      text += "\n" + grid_text(q.grid, static_cast<unsigned>(g)) +
+              str(": %zu of %zu blocks have ended", q.ended, q.jobs.size());
+    }
+    if (q.started < q.jobs.size()) {
+      text += "\n" + grid_text(q.grid, static_cast<unsigned>(g)) +
+              str(": %zu of %zu blocks have not started, because %u are resident at a time",
+                  q.jobs.size() - q.started, q.jobs.size(), q.resident);
+    }
+  }
+  return text;
+}
+
+/// Grids at the same time, some blocks of each, in random turns. Some seeds start a grid late and
+/// let one grid crawl, as ranks of a job do.
+void run_together(std::vector<Queue>& queues) {
+  size_t num_workers = 0;
+  const bool skewed = queues.size() > 1;
+  for (Queue& q : queues) {
+    num_workers += std::min<size_t>(q.resident, q.jobs.size());
+    if (skewed && rng.below(2)) q.first_turn = rng.below(400);
+  }
+  if (skewed && rng.below(2)) queues[rng.below(static_cast<uint32_t>(queues.size()))].pace = 16;
+  std::vector<Worker> workers(num_workers);
   for (Worker& w : workers) {
     sem_init(&w.go, 0, 0);
     sem_init(&w.gave_way, 0, 0);
     pthread_create(&w.thread, nullptr, worker_main, &w);
   }
-  size_t next = 0;
-  uint64_t idle = 0, progress = run.progress;
-  while (!run.failed) {
-    std::vector<Worker*> busy, idle_workers;
-    for (Worker& w : workers) (w.busy ? busy : idle_workers).push_back(&w);
-    // The blocks of a cluster start together, so each finds the others' shared memory.
-    while (next < jobs.size() && idle_workers.size() >= jobs[next].cluster->blocks.size()) {
-      for (size_t n = jobs[next].cluster->blocks.size(); n > 0; --n) {
-        Worker* w = idle_workers.back();
-        idle_workers.pop_back();
-        w->next = &jobs[next++];
-        w->busy = true;
-        w->steps = 0;
-        sem_post(&w->go);
-        sem_wait(&w->gave_way);
-        busy.push_back(w);
-      }
-    }
-    if (busy.empty()) break;
-    Worker* w = busy[rng.below(static_cast<uint32_t>(busy.size()))];
-    w->steps = 1 + rng.below(rng.below(4) ? 64 : 4096);
+  const auto turn_of = [](Worker* w, unsigned steps) {
+    w->steps = steps;
     sem_post(&w->go);
     sem_wait(&w->gave_way);
-    if (w->block.live == 0) w->busy = false, ++run.progress;
-    if (run.progress != progress) {
-      progress = run.progress;
-      idle = 0;
-    } else if (++idle > 20000 + 2000 * busy.size()) {
-      std::string text = "deadlock:";
-      for (Worker* other : busy) {
-        text += "\n" + block_text(&other->block) + ":" + waiting_text(&other->block);
+  };
+  const auto is_stuck = [](const Worker* w) { return stuck(&w->block); };
+  for (uint64_t turn = 0; !run.failed; ++turn) {
+    std::vector<Worker*> busy, free_workers;
+    for (Worker& w : workers) (w.busy ? busy : free_workers).push_back(&w);
+    bool waiting = false;
+    for (Queue& q : queues) {
+      waiting |= q.may_start() && turn < q.first_turn;
+      while (q.may_start() && turn >= q.first_turn) {
+        // The blocks of a cluster start together, so each finds the others' shared memory.
+        for (size_t n = q.jobs[q.started].cluster->blocks.size(); n > 0; --n) {
+          Worker* w = free_workers.back();
+          free_workers.pop_back();
+          w->next = &q.jobs[q.started++];
+          w->busy = true;
+          turn_of(w, 0);
+          busy.push_back(w);
+        }
       }
-      record(text);
+    }
+    if (busy.empty()) {
+      if (!waiting) break;
+      continue;
+    }
+    const auto any = [&] { return busy[rng.below(static_cast<uint32_t>(busy.size()))]; };
+    Worker* w = any();
+    if (rng.below(queues[w->block.grid_idx].pace)) w = any();
+    turn_of(w, 1 + rng.below(rng.below(4) ? 64 : 4096));
+    if (w->block.live == 0) {
+      w->busy = false;
+      ++queues[w->block.grid_idx].ended;
+      note_event();
+    } else if (!waiting && (run.polls > run.max_polls ||
+                            (turn % 8 == 0 && std::all_of(busy.begin(), busy.end(), is_stuck)))) {
+      record(all_waiting(queues, busy));
     }
   }
   for (Worker& w : workers) {
@@ -146,69 +187,91 @@ static Dim3 cluster_of(const Grid& grid) {
   return grid.kernel->cluster.x ? grid.kernel->cluster : grid.cluster;
 }
 
+namespace {
+
+/// A copy of a grid's parameters, aligned as a kernel's parameters are.
+struct Params {
+  alignas(128) unsigned char bytes[4096];
+};
+
+/// The clusters of a grid in random order: the hardware promises none.
+Queue queue_of(const Grid& grid, unsigned grid_idx, const void* params, unsigned resident,
+               std::vector<std::unique_ptr<Cluster>>& owned) {
+  const Dim3 c = cluster_of(grid), n = {grid.grid.x / c.x, grid.grid.y / c.y, grid.grid.z / c.z};
+  const unsigned size = c.x * c.y * c.z;
+  std::vector<unsigned> order(n.x * n.y * n.z);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  for (size_t i = order.size(); i > 1; --i) {
+    std::swap(order[i - 1], order[rng.below(static_cast<uint32_t>(i))]);
+  }
+  Queue q;
+  q.grid = &grid;
+  q.resident = std::max(resident, size);
+  for (unsigned i : order) {
+    const Dim3 first = {i % n.x * c.x, i / n.x % n.y * c.y, i / n.x / n.y * c.z};
+    owned.push_back(std::make_unique<Cluster>());
+    owned.back()->blocks.resize(size);
+    for (unsigned r = 0; r < size; ++r) {
+      const Dim3 index = {first.x + r % c.x, first.y + r / c.x % c.y, first.z + r / c.x / c.y};
+      q.jobs.push_back({&grid, grid_idx, params, index, owned.back().get(), r});
+    }
+  }
+  return q;
+}
+
+/// Why a grid cannot run, or nothing.
+std::string refusal(const Grid& grid) {
+  const Dim3 c = cluster_of(grid);
+  const char* reason = nullptr;
+  if (grid.kernel->params_bytes > sizeof(Params))
+    reason = "its parameters have more than 4096 bytes";
+  if (grid.smem_bytes > grid.kernel->dynamic_capacity) reason = "too much dynamic shared memory";
+  if (grid.grid.x % c.x || grid.grid.y % c.y || grid.grid.z % c.z) {
+    reason = "the cluster does not divide the grid";
+  }
+  return reason ? str("kernel %s: %s", grid.kernel->name, reason) : "";
+}
+
+}  // namespace
+
 extern "C" int cumoe_host_run(const Grid* grids, int num_grids, int resident, uint64_t seed,
                               int seconds, char* message, size_t message_bytes) {
   rng.state = seed;
   run = Run{};
+  run.num_grids = num_grids;
   run.seconds = seconds;
   run.policy = static_cast<Policy>(seed % 4);
   const unsigned chances[] = {0, 8, 64, 256};
   run.copy_chance = chances[seed / 4 % 4];
+  const unsigned store_chances[] = {1, 16, 256, 4096};
+  run.store_chance = store_chances[seed / 4 % 4];
   const uint8_t poisons[] = {0xff, 0xa5, 0x7f};
   run.poison = poisons[seed % 3];
-  struct First {
-    const Grid* grid;
-    const void* params;
-    Dim3 index;
-  };
-  std::vector<First> clusters;
-  unsigned largest = 1;
-  for (int g = 0; g < num_grids; ++g) {
-    const Grid& grid = grids[g];
-    if (g >= 8 || grid.kernel->params_bytes > sizeof params_copy[0] ||
-        grid.smem_bytes > grid.kernel->dynamic_capacity) {
-      snprintf(message, message_bytes,
-               "kernel %s: more grids, parameters or shared memory than the "
-               "engine has room for",
-               grid.kernel->name);
+  std::vector<Params> params(static_cast<size_t>(num_grids));
+  std::vector<std::unique_ptr<Cluster>> clusters;
+  std::vector<Queue> queues;
+  for (unsigned g = 0; g < params.size(); ++g) {
+    const std::string reason = refusal(grids[g]);
+    if (!reason.empty()) {
+      snprintf(message, message_bytes, "%s", reason.c_str());
       return 1;
     }
-    memcpy(params_copy[g], grid.params, grid.kernel->params_bytes);
-    const Dim3 c = cluster_of(grid);
-    if (grid.grid.x % c.x || grid.grid.y % c.y || grid.grid.z % c.z) {
-      snprintf(message, message_bytes, "kernel %s: the cluster does not divide the grid",
-               grid.kernel->name);
-      return 1;
-    }
-    for (unsigned i = 0; i < grid.grid.x / c.x * (grid.grid.y / c.y) * (grid.grid.z / c.z); ++i) {
-      const unsigned x = i % (grid.grid.x / c.x), rest = i / (grid.grid.x / c.x);
-      const Dim3 first = {x * c.x, rest % (grid.grid.y / c.y) * c.y,
-                          rest / (grid.grid.y / c.y) * c.z};
-      clusters.push_back({&grid, params_copy[g], first});
-    }
-    largest = std::max(largest, c.x * c.y * c.z);
+    memcpy(params[g].bytes, grids[g].params, grids[g].kernel->params_bytes);
+    const unsigned at_a_time = resident > 0 ? static_cast<unsigned>(resident) : ~0u;
+    queues.push_back(queue_of(grids[g], g, params[g].bytes, at_a_time, clusters));
   }
-  // The hardware promises no order of blocks.
-  for (size_t i = clusters.size(); i > 1; --i) {
-    std::swap(clusters[i - 1], clusters[rng.below(static_cast<uint32_t>(i))]);
-  }
-  std::vector<std::unique_ptr<Cluster>> owned;
-  std::vector<Job> jobs;
-  for (const auto& [grid, params, first] : clusters) {
-    const Dim3 c = cluster_of(*grid);
-    owned.push_back(std::make_unique<Cluster>());
-    owned.back()->blocks.resize(c.x * c.y * c.z);
-    for (unsigned r = 0; r < c.x * c.y * c.z; ++r) {
-      const Dim3 index = {first.x + r % c.x, first.y + r / c.x % c.y, first.z + r / c.x / c.y};
-      jobs.push_back({grid, params, index, owned.back().get(), r});
-    }
+  run.max_polls = 4000000;
+  for (const Queue& q : queues) {
+    const Dim3 block = q.grid->block;
+    run.max_polls +=
+        4000ull * block.x * block.y * block.z * std::min<uint64_t>(q.resident, q.jobs.size());
   }
   {
     SignalHandlers handlers;
-    if (resident > 1 || largest > 1) {
-      run_together(jobs, std::max(static_cast<unsigned>(resident), largest));
+    if (num_grids > 1 || queues[0].resident > 1) {
+      run_together(queues);
     } else {
-      run_in_turn(jobs);
+      run_in_turn(queues[0].jobs);
     }
   }
   if (!run.failed) return 0;

@@ -45,9 +45,15 @@ extern Thread* self;
 /// Lets other threads run; asynchronous operations may complete.
 void yield(Site site);
 
-/// As yield, in a loop that waits for another thread; a run in which all threads poll is a
-/// deadlock.
-void poll(const char* what, Site site);
+/// Says that something changed for which another thread may wait in a loop.
+void note_event();
+
+/// As yield, perhaps to another block.
+void pass_turn(Site site);
+
+/// As yield, perhaps in a loop that waits for another thread to change what is at `address`; a run
+/// in which all threads poll is a deadlock.
+void poll(const char* what, Site site, const void* address = nullptr);
 
 /// Every lane of `mask` gives a pointer to its operands; the last to come applies the operation to
 /// all. Lanes outside the mask have null pointers. An `aligned` operation wants one source line
@@ -97,6 +103,19 @@ void wgmma_mma(int kind, int n, float* d, uint64_t a, uint64_t b, bool accumulat
 void wgmma_commit(Site site);
 void wgmma_wait(unsigned pending_groups, Site site);
 
+/// Memory that grids share (sync.cpp): words of four bytes.
+void relaxed_store(const char* name, void* gmem, const uint32_t* words, int count, Site site);
+void release_store(const char* name, uint32_t* gmem, uint32_t value, Site site);
+uint32_t release_add(const char* name, uint32_t* gmem, uint32_t value, Site site);
+void shared_load(const char* name, const void* gmem, uint32_t* words, int count, Site site);
+void fence(Site site);
+
+/// Lands the relaxed stores to these bytes that come before this moment: an access to them follows.
+void settle(const void* address, size_t bytes);
+
+/// From now on a release by any thread of the block covers this thread's relaxed stores.
+void hand_over();
+
 /// Clusters and distributed shared memory.
 unsigned cluster_rank();
 unsigned cluster_size();
@@ -127,8 +146,9 @@ struct Grid {
 }  // namespace cumoe_host
 
 extern "C" {
-/// Runs grids together, `resident` blocks at a time (1: one after the other). A thread that runs
-/// for `seconds` of processor time without an event is an error. Returns 0, or 1 with a message.
+/// Runs grids together, `resident` blocks of each at a time (0: all). A single grid with 1 runs its blocks one
+/// after the other. A thread that runs for `seconds` of processor time without an event is an error.
+/// Returns 0, or 1 with a message.
 int cumoe_host_run(const cumoe_host::Grid* grids, int num_grids, int resident, uint64_t seed,
                    int seconds, char* message, size_t message_bytes);
 }

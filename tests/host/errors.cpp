@@ -38,9 +38,14 @@ std::string str(const char* format, ...) {
 
 std::string at(Site s) { return s.line ? str("%s:%d", base_name(s.file), s.line) : "its start"; }
 
+std::string grid_text(const Grid* grid, unsigned grid_idx) {
+  const std::string kernel = str("kernel %s", grid->kernel->name);
+  return run.num_grids > 1 ? kernel + str(", grid %u", grid_idx) : kernel;
+}
+
 std::string block_text(const Block* b) {
-  return str("kernel %s, block (%u, %u, %u)", b->grid->kernel->name, b->block_idx.x, b->block_idx.y,
-             b->block_idx.z);
+  return grid_text(b->grid, b->grid_idx) +
+         str(", block (%u, %u, %u)", b->block_idx.x, b->block_idx.y, b->block_idx.z);
 }
 
 std::string thread_text(const FullThread* t) {
@@ -53,14 +58,22 @@ void record(const std::string& text) {
   run.failed = true;
 }
 
+/// The word at an address that may be one of a smaller type.
+static unsigned word_at(const void* address) {
+  unsigned word;
+  memcpy(&word, reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) & ~uintptr_t{3}),
+         sizeof word);
+  return word;
+}
+
 std::string waiting_text(const Block* b) {
   struct Entry {
-    std::string what;
+    std::string what, detail;  // the latter of the first thread
     unsigned first, last, count;
   };
   std::vector<Entry> entries;
   for (const FullThread& t : b->threads) {
-    std::string what;
+    std::string what, detail;
     if (t.state == State::kExited) {
       what = "exited";
     } else if (t.state == State::kCollective) {
@@ -68,20 +81,23 @@ std::string waiting_text(const Block* b) {
     } else if (t.state == State::kBarrier) {
       what = str("in %s at ", t.doing) + at(t.site);
       if (strcmp(t.doing, "mbarrier wait") == 0) what += mbarrier_text(&t);
-    } else {
+    } else if (t.polling) {
       what = str("polling %s at ", t.doing) + at(t.site);
+      if (t.polled) detail = str(" (%p, which holds 0x%x)", t.polled, word_at(t.polled));
+    } else {
+      what = "running after " + at(t.site);
     }
     bool found = false;
     for (Entry& e : entries) {
       if (e.what == what) e.last = t.linear, ++e.count, found = true;
     }
-    if (!found) entries.push_back({what, t.linear, t.linear, 1});
+    if (!found) entries.push_back({what, detail, t.linear, t.linear, 1});
   }
   std::string text;
   for (const Entry& e : entries) {
     text +=
         str("\n  %u thread%s from %u to %u: ", e.count, e.count == 1 ? "" : "s", e.first, e.last);
-    text += e.what;
+    text += e.what + e.detail;
   }
   return text;
 }
@@ -103,7 +119,7 @@ void fail(Site site, const char* format, ...) {
 
 namespace {
 
-uint64_t watched_progress = 0;
+uint64_t watched_events = 0;
 int watched_ticks = 0;
 
 /// A fault of kernel code ends the run; the fibre is left where it is.
@@ -111,8 +127,8 @@ void on_signal(int number, siginfo_t* info, void*) {
   FullThread* t = me();
   if (number == SIGVTALRM) {
     if (t == nullptr || !on_fibre || run.failed) return;
-    if (run.progress != watched_progress) {
-      watched_progress = run.progress;
+    if (run.events != watched_events) {
+      watched_events = run.events;
       watched_ticks = 0;
       return;
     }

@@ -40,7 +40,7 @@ void check_phase(MBarrier& m) {
   if (m.pending != 0 || m.bytes != 0) return;
   m.phase ^= 1;
   m.pending = m.expected;
-  ++run.progress;
+  note_event();
   for (FullThread* t : m.waiting) make_runnable(t);
   m.waiting.clear();
 }
@@ -216,7 +216,7 @@ bool complete_bulk(Block* b) {
   b->bulks[i] = std::move(b->bulks.back());
   b->bulks.pop_back();
   land(bulk);
-  ++run.progress;
+  note_event();
   return true;
 }
 
@@ -235,7 +235,7 @@ void read(Block* b, BulkStore& s) {
 void write(BulkStore& s) {
   for (const BulkStore::Piece& p : s.pieces) memcpy(p.to, &s.box[p.offset], p.bytes);
   s.state = BulkStore::kWritten;
-  ++run.progress;
+  note_event();
 }
 
 void add_store(BulkStore&& s, Site site) {
@@ -357,6 +357,7 @@ void* cluster_pointer(uint32_t address, unsigned rank, size_t bytes, Site site) 
 void cluster_barrier(Site site) {
   FullThread* t = me();
   Cluster* c = t->block->cluster;
+  if (!t->block->words.empty()) land_words(t->block, true);
   unsigned total = 0;
   for (Block* b : c->blocks) total += b->num_threads;
   ++c->arrived;

@@ -27,6 +27,8 @@ namespace cumoe_host {
 
 constexpr unsigned kMaxBarriers = 16;
 
+struct FullThread;
+
 struct Random {
   uint64_t state;
   uint32_t next() {  // splitmix64
@@ -73,6 +75,14 @@ struct Collective {
   bool aligned;
 };
 
+/// A word of a relaxed store that has not landed (sync.cpp).
+struct Word {
+  uint32_t* to;
+  uint32_t value;
+  FullThread* owner;
+  bool handed_over;  // at a barrier, to the threads of the block
+};
+
 struct FullThread : Thread {
   Fibre fibre;
   State state;
@@ -84,6 +94,10 @@ struct FullThread : Thread {
   unsigned copy_group;
   uint64_t copy_sequence;
   unsigned store_group;
+  bool polling;           // gave way in `poll`
+  const void* polled;     // the address it reads there, or null
+  unsigned polls;         // of that address in one place, while nothing else happened
+  uint64_t polled_since;  // run.progress then
 };
 
 /// A wgmma of one warp (16 of the 64 rows) that has not been waited for.
@@ -165,6 +179,7 @@ struct Cluster {
 
 struct Block {
   const Grid* grid;
+  unsigned grid_idx;  // among those that run together
   Dim3 block_idx;
   Cluster* cluster;
   unsigned rank;  // in the cluster
@@ -176,6 +191,7 @@ struct Block {
   std::map<uint32_t, MBarrier> mbarriers;
   std::vector<Bulk> bulks;
   std::vector<BulkStore> stores;
+  std::vector<Word> words;
   unsigned copy_arrivals;  // pending ones of all threads
   Fibre main;
   unsigned last_warp;
@@ -196,8 +212,14 @@ struct Run {
   Policy policy;
   unsigned copy_chance;  // of 256, per pending copy and yield point
   uint8_t poison;
-  int seconds;        // without progress, of processor time
-  uint64_t progress;  // counts whatever lets a waiting thread go on
+  int num_grids;
+  int seconds;            // without progress, of processor time
+  unsigned store_chance;  // of 16384, per word of a relaxed store and step
+  bool turn_passed;       // by a thread of the block that has it
+  uint64_t progress;      // counts what a thread may wait for, and what threads do beside polling
+  uint64_t events;        // of these, the ones that no endless loop repeats
+  uint64_t polls;         // since the last event
+  uint64_t max_polls;     // after which the run is stuck
   std::string error;
   bool failed;
 };
@@ -205,6 +227,7 @@ struct Run {
 /// A block that is to run: where it is in its grid and in its cluster.
 struct Job {
   const Grid* grid;
+  unsigned grid_idx;
   const void* params;
   Dim3 index;
   Cluster* cluster;
@@ -227,6 +250,7 @@ inline FullThread* me() { return static_cast<FullThread*>(self); }
 /// Errors (errors.cpp).
 std::string str(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string at(Site s);
+std::string grid_text(const Grid* grid, unsigned grid_idx);  // kernel, and which of several grids
 std::string block_text(const Block* b);
 std::string thread_text(const FullThread* t);
 std::string waiting_text(const Block* b);  // what threads wait for, those of one reason together
@@ -250,6 +274,9 @@ void start(Block* b, const Job& job);
 bool step(Block* b);  // runs one thread to its next yield point, or lands a copy; false if neither
 void to_scheduler(bool ending = false);  // switches from a fibre to its block's scheduler
 
+/// Whether no thread of a block can go on: all wait, or poll what nobody changes.
+bool stuck(const Block* b);
+
 /// Gives way without being runnable; make_runnable ends it.
 void suspend(State state, const char* doing, Site site);
 void make_runnable(FullThread* t);
@@ -262,6 +289,9 @@ void complete(const Copy& c);
 void complete_some(FullThread* t);     // some of this thread's, in any order
 bool complete_arrivals(Block* b);      // all of a thread that others wait for; false if none
 void deliver_arrivals(FullThread* t);  // arrives on mbarriers whose copies have all landed
+
+/// Lands one or more waiting words of a block, or all (sync.cpp); there are some.
+void land_words(Block* b, bool all);
 
 /// Shared memory of a block: filled before it, checked after it (memory.cpp).
 void init_shared(Block* b);

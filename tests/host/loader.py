@@ -355,8 +355,9 @@ class HostOptions:
         Chooses the schedule, the moments at which copies land, and the pattern in fresh memory.
     arch : int
         ``__CUDA_ARCH__``.
-    resident : int
-        Blocks that are alive at the same time; 1 runs them one after the other.
+    resident : int, optional
+        Blocks of a grid that are alive at the same time. By default, one in :func:`run` and all in
+        :func:`run_together`.
     seconds : int
         Processor time after which a thread that makes no progress is an error.
     changed : mapping of str to str, optional
@@ -365,7 +366,7 @@ class HostOptions:
 
     seed: int = 0
     arch: int = CUDA_ARCH
-    resident: int = 1
+    resident: int | None = None
     seconds: int = 60
     changed: Mapping[str, str] | None = None
 
@@ -378,13 +379,27 @@ def run(launches: Sequence[kernels.Launch], options: HostOptions | None = None) 
     HostError
         With kernel, block, thread and source line.
     """
+    options = options or HostOptions()
     for launch in launches:
-        run_together([launch], options)
+        _run([launch], options, options.resident or 1)
 
 
 def run_together(launches: Sequence[kernels.Launch], options: HostOptions | None = None) -> None:
-    """Run launches as one: with ``resident`` above 1 their blocks run interleaved."""
+    """Run launches at the same time, as GPUs of their own: the ranks of a multi-GPU kernel.
+
+    Each may have its own kernel, parameters and sizes. Blocks of all grids take random turns; some
+    seeds start grids late, or let one crawl. In messages, ``grid`` is an index into `launches`.
+
+    Raises
+    ------
+    HostError
+        With kernel, grid, block, thread and source line, also where all that is left waits.
+    """
     options = options or HostOptions()
+    _run(launches, options, options.resident or 0)
+
+
+def _run(launches: Sequence[kernels.Launch], options: HostOptions, resident: int) -> None:
     grids = (_Grid * len(launches))()
     for grid, launch in zip(grids, launches, strict=True):
         path = library_path(
@@ -400,7 +415,7 @@ def run_together(launches: Sequence[kernels.Launch], options: HostOptions | None
     code = _engine().cumoe_host_run(
         grids,
         len(launches),
-        options.resident,
+        resident,
         options.seed,
         options.seconds,
         message,

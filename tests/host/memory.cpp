@@ -49,7 +49,7 @@ bool complete_arrivals(Block* b) {
   self = t;  // an arrival that fails is this thread's
   deliver_arrivals(t);
   self = nullptr;
-  ++run.progress;
+  note_event();
   return true;
 }
 

@@ -124,6 +124,7 @@ void make_runnable(FullThread* t) {
 
 void suspend(State state, const char* doing, Site site) {
   FullThread* t = me();
+  ++run.progress;
   t->state = state;
   t->doing = doing;
   t->site = site;
@@ -140,9 +141,10 @@ void exit_thread() {
   t->copies.clear();
   deliver_arrivals(t);
   if (!b->stores.empty()) end_stores(t);
+  if (!b->words.empty()) hand_over();
   t->state = State::kExited;
   --b->live;
-  ++run.progress;
+  note_event();
   w->live &= ~(1u << t->lane);
   for (unsigned l = 0; l < w->count; ++l) {
     FullThread* other = w->threads[l];
@@ -154,6 +156,7 @@ void exit_thread() {
   }
   for (Barrier& barrier : b->barriers) check_barrier(b, barrier);
   if (b->live == 0) {
+    if (!b->words.empty()) land_words(b, true);
     const std::string text = unfinished(b);
     if (!text.empty()) record(block_text(b) + " ends, but " + text);
   }
@@ -194,6 +197,12 @@ unsigned pick(Block* b) {
 
 }  // namespace
 
+void note_event() {
+  ++run.progress;
+  ++run.events;
+  run.polls = 0;
+}
+
 uint32_t random_bits() { return rng.next(); }
 
 void yield(Site site) {
@@ -205,10 +214,38 @@ void yield(Site site) {
   to_scheduler();
 }
 
-void poll(const char* what, Site site) {
-  FullThread* t = me();
-  t->doing = what;
+void pass_turn(Site site) {
+  if (rng.below(2)) run.turn_passed = true;
   yield(site);
+}
+
+void poll(const char* what, Site site, const void* address) {
+  FullThread* t = me();
+  // After a first look at another place, others that poll have to look again.
+  if (t->polled != address || t->site.line != site.line) ++run.progress;
+  if (t->polled_since != run.progress) t->polls = 0;
+  t->polled = address;
+  t->polled_since = run.progress;
+  ++run.polls;
+  if (++t->polls > 8 && rng.below(8) == 0) run.turn_passed = true;
+  t->doing = what;
+  t->polling = true;
+  yield(site);
+  t->polling = false;
+}
+
+bool stuck(const Block* b) {
+  // Enough looks that each word of an address was read since anything happened; a loop that only
+  // sleeps may also count its rounds.
+  constexpr unsigned kLooks = 8, kSleeps = 100000;
+  if (!b->bulks.empty() || !b->stores.empty() || !b->words.empty() || b->copy_arrivals)
+    return false;
+  for (unsigned i : b->runnable) {
+    const FullThread& t = b->threads[i];
+    if (!t.polling || t.polled_since != run.progress) return false;
+    if (t.polls < (t.polled ? kLooks : kSleeps)) return false;
+  }
+  return true;
 }
 
 // ------------------------------------------------------------------------------------------ blocks
@@ -217,6 +254,7 @@ void start(Block* b, const Job& job) {
   const Grid* grid = job.grid;
   const Dim3 index = job.index;
   b->grid = grid;
+  b->grid_idx = job.grid_idx;
   b->params = job.params;
   b->block_idx = index;
   b->cluster = job.cluster;
@@ -225,6 +263,7 @@ void start(Block* b, const Job& job) {
   b->mbarriers.clear();
   b->bulks.clear();
   b->stores.clear();
+  b->words.clear();
   b->copy_arrivals = 0;
   const unsigned n = grid->block.x * grid->block.y * grid->block.z;
   b->num_threads = b->live = n;
@@ -256,6 +295,9 @@ void start(Block* b, const Job& job) {
     t.copy_group = 0;
     t.copy_sequence = 0;
     t.store_group = 0;
+    t.polling = false;
+    t.polled = nullptr;
+    t.polls = 0;
     if (t.fibre.stack == nullptr && !spare_fibres.empty()) {
       t.fibre = spare_fibres.back();
       spare_fibres.pop_back();
@@ -272,6 +314,7 @@ bool step(Block* b) try {
   if (!b->bulks.empty() && rng.below(256) < run.copy_chance) complete_bulk(b);
   // Sooner or later always: another block may poll for the data.
   if (!b->stores.empty() && rng.below(4096) < 16 * run.copy_chance + 1) advance_store(b);
+  if (!b->words.empty() && rng.below(16384) < run.store_chance) land_words(b, false);
   if (b->runnable.empty()) {
     if (rng.below(2)) return complete_bulk(b) || complete_arrivals(b);
     return complete_arrivals(b) || complete_bulk(b);

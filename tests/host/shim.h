@@ -119,9 +119,9 @@ inline T __ldg(const T* p) {
 // ------------------------------------------------------------------------------------ whole blocks
 
 inline void __syncthreads(CUMOE_SITE) { cumoe_host::barrier("__syncthreads", 0, 0, true, site); }
-inline void __threadfence() {}
+inline void __threadfence(CUMOE_SITE) { cumoe_host::fence(site); }
 inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence_system(CUMOE_SITE) { cumoe_host::fence(site); }
 [[noreturn]] inline void __trap(CUMOE_SITE) { cumoe_host::fail(site, "__trap"); }
 inline void __nanosleep(unsigned, CUMOE_SITE) { cumoe_host::poll("__nanosleep", site); }
 
@@ -130,6 +130,7 @@ inline void __nanosleep(unsigned, CUMOE_SITE) { cumoe_host::poll("__nanosleep", 
 inline unsigned __activemask() { return cumoe_host::active_lanes(); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, CUMOE_SITE) {
+  cumoe_host::hand_over();
   cumoe_host::collective("__syncwarp", mask, nullptr, [](void* const*, unsigned) {}, false, site);
 }
 
@@ -290,8 +291,16 @@ namespace cumoe_host {
 template <class T, class F>
 inline T atomic(T* p, F&& change, Site site) {
   if ((random_bits() & 7u) == 0) yield(site);
+  settle(p, sizeof(T));
   const T old = *p;
-  *p = change(old);
+  const T value = change(old);
+  *p = value;
+  if (old != value) {
+    note_event();
+    if ((random_bits() & 7u) == 0) pass_turn(site);
+  } else {
+    poll("an atomic", site, p);  // perhaps in a loop, until another thread changes it
+  }
   return old;
 }
 
