@@ -216,7 +216,9 @@ class TestErrors:
         assert probe("p.out[i] = i;").tolist() == list(range(64))
 
     def test_compile_error_shows_the_compiler(self, probe):
-        with pytest.raises(loader.HostError, match="probe.cu:11:.*undeclared|was not declared"):
+        with pytest.raises(
+            loader.HostCompileError, match="probe.cu:11:.*undeclared|was not declared"
+        ):
             probe("p.out[i] = nowhere;")
 
 

@@ -108,7 +108,7 @@ void relaxed_store(const char* name, void* gmem, const uint32_t* words, int coun
 void release_store(const char* name, uint32_t* gmem, uint32_t value, Site site);
 uint32_t release_add(const char* name, uint32_t* gmem, uint32_t value, Site site);
 void shared_load(const char* name, const void* gmem, uint32_t* words, int count, Site site);
-void fence(Site site);
+void full_fence(Site site);
 
 /// Lands the relaxed stores to these bytes that come before this moment: an access to them follows.
 void settle(const void* address, size_t bytes);

@@ -65,6 +65,10 @@ class HostError(RuntimeError):
     """A run ended in an operation that is not allowed, a deadlock or a fault."""
 
 
+class HostCompileError(RuntimeError):
+    """The compiler rejects a kernel or the engine."""
+
+
 class _Dim3(ctypes.Structure):
     _fields_ = [("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint)]
 
@@ -185,7 +189,7 @@ def _run_compiler(arguments: Sequence[str | Path]) -> None:
     assert tool is not None
     done = subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        raise HostError(f"{tool} {' '.join(map(str, arguments))}\n{done.stderr}")
+        raise HostCompileError(f"{tool} {' '.join(map(str, arguments))}\n{done.stderr}")
 
 
 @functools.cache

@@ -119,9 +119,9 @@ inline T __ldg(const T* p) {
 // ------------------------------------------------------------------------------------ whole blocks
 
 inline void __syncthreads(CUMOE_SITE) { cumoe_host::barrier("__syncthreads", 0, 0, true, site); }
-inline void __threadfence(CUMOE_SITE) { cumoe_host::fence(site); }
+inline void __threadfence(CUMOE_SITE) { cumoe_host::full_fence(site); }
 inline void __threadfence_block() {}
-inline void __threadfence_system(CUMOE_SITE) { cumoe_host::fence(site); }
+inline void __threadfence_system(CUMOE_SITE) { cumoe_host::full_fence(site); }
 [[noreturn]] inline void __trap(CUMOE_SITE) { cumoe_host::fail(site, "__trap"); }
 inline void __nanosleep(unsigned, CUMOE_SITE) { cumoe_host::poll("__nanosleep", site); }
 

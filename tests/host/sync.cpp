@@ -118,7 +118,7 @@ void shared_load(const char* name, const void* gmem, uint32_t* words, int count,
   }
 }
 
-void fence(Site site) {
+void full_fence(Site site) {
   pass_turn(site);
   release(me(), site);
   pass_turn(site);

@@ -36,7 +36,7 @@ inline uint4 ld_relaxed_sys_v4(const uint4* gmem, CUMOE_SITE) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-inline void fence_acq_rel_sys(CUMOE_SITE) { cumoe_host::fence(site); }
+inline void fence_acq_rel_sys(CUMOE_SITE) { cumoe_host::full_fence(site); }
 
 }  // namespace ptx
 }  // namespace cumoe
