@@ -24,7 +24,14 @@ POINTER, I32 = np.uint64, np.int32
 
 
 def launch_on(
-    place: str, name: str, dtype: np.dtype, block: int, grid: int = 1, smem: int = 0, **fields: Any
+    place: str,
+    name: str,
+    dtype: np.dtype,
+    block: int,
+    grid: int = 1,
+    smem: int = 0,
+    options: loader.HostOptions = loader.HostOptions(seed=5),  # noqa: B008
+    **fields: Any,
 ) -> dict[str, np.ndarray]:
     """Run a kernel of ``tests/cu`` on ``"host"`` or ``"device"`` and return its arrays afterwards.
 
@@ -53,7 +60,7 @@ def launch_on(
     config = LaunchConfig((grid, 1, 1), (block, 1, 1), smem_bytes=smem)
     launch = Launch(KernelSpec(name, source_dir=CU), config, params)
     if place == "host":
-        loader.run([launch], loader.HostOptions(seed=5))
+        loader.run([launch], options)
         return arrays
     import cupy
 
@@ -91,6 +98,7 @@ HOPPER = params_dtype(
 )
 STORE = params_dtype([("map", TENSOR_MAP), ("row", POINTER), ("coordinates", I32, (4,))])
 WGMMA = params_dtype([(n, POINTER) for n in ("w", "a", "d")])
+SYNC = params_dtype([(n, POINTER) for n in ("payload", "flags", "counters", "marks", "out")])
 WGMMA_SIZES = (8, 56, 104, 16, 88, 160)
 """n of each product of ``ptx_wgmma``: three of e4m3, then three of bf16."""
 
@@ -177,6 +185,23 @@ def store(place: str) -> dict[str, np.ndarray]:
         map=encode,
         row=np.full(4200, 0xEE, np.uint8),
         coordinates=np.array([16, 24, 240, 100], np.int32).tolist(),
+    )
+
+
+def sync(place: str, seed: int = 5) -> dict[str, np.ndarray]:
+    """Return the arrays of ``ptx_sync``."""
+    return launch_on(
+        place,
+        "ptx_sync",
+        SYNC,
+        64,
+        3,
+        options=loader.HostOptions(seed=seed, resident=3),
+        payload=np.full((4, 3, 64, 4), 0xFFFFFFFF, np.uint32),
+        flags=np.zeros(3, np.uint32),
+        counters=np.zeros(5, np.uint32),
+        marks=np.zeros((3, 4), np.uint32),
+        out=np.zeros((4, 3, 64, 4), np.uint32),
     )
 
 
@@ -287,6 +312,17 @@ class TestHost:
         assert (arrays["x"] == expected[:150, :320]).all()
         assert (arrays["row"][:4112] == smem[-4112:]).all() and (arrays["row"][4112:] == 0xEE).all()
 
+    def test_sync(self):
+        step, block, t = np.indices((4, 3, 64)).astype(np.uint32)
+        x = 10000 * step + 1000 * ((block + 2) % 3) + t
+        expected = np.stack([x, x ^ 0xFFFF, 3 * x, x << 8], -1)
+        for seed in range(8):
+            arrays = sync("host", seed)
+            assert (arrays["out"] == expected).all() and (arrays["payload"] == expected).all()
+            assert arrays["flags"].tolist() == [9, 7, 8]
+            assert arrays["counters"].tolist() == [64, 64, 64, 192, 192 * 191 // 2]
+            assert (arrays["marks"] == [1, 2, 3, 4]).all()
+
     @WGMMA_DTYPES
     def test_wgmma(self, dtype):
         got, expected = wgmma("host", True, dtype), wgmma_products(True, dtype)
@@ -333,6 +369,11 @@ class TestDevice:
         error = np.abs(device["d"].astype(np.float64) - host["d"])
         # Measured on an H200: 1.3e-4 of sum |a||b| over K = 128; small integers are exact.
         assert (error <= (0 if exact else 2.5e-4) * (a @ b.T)).all()
+
+    def test_sync(self):
+        device, host = sync("device"), sync("host")
+        for name in host:
+            np.testing.assert_array_equal(device[name], host[name])
 
     def test_store(self):
         require_hopper()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host import loader
+from tests.host import cases, loader
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,10 +33,20 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+# Every case of every kernel, and of the layer, in pieces that take about as long.
+LARGE = ("layer", "sm80_grouped_gemm")
+PIECES = {name: (name,) for name in LARGE}
+PIECES["Hopper"] = tuple(name for name in cases.CASES if name.startswith("sm90"))
+PIECES["others"] = tuple(
+    name for name in cases.CASES if name not in LARGE and name not in PIECES["Hopper"]
+)
+
+
 @pytest.mark.sanitizer
 @pytest.mark.slow
-def test_every_kernel():
-    done = run("-m", "tests.host.run_cases", "--once", "--first", "3")
+@pytest.mark.parametrize("piece", PIECES)
+def test_every_kernel(piece):
+    done = run("-m", "tests.host.run_cases", "--once", *PIECES[piece])
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 

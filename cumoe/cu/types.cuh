@@ -12,8 +12,8 @@ using int64_t = long long;
 using uint64_t = unsigned long long;
 #define INFINITY __int_as_float(0x7f800000)
 #else
-#include <cmath>
-#include <cstdint>
+#include <math.h>
+#include <stdint.h>
 #endif
 
 namespace cumoe {

@@ -7,6 +7,7 @@
 // hopper.cpp      mbarriers, TMA, wgmma, clusters
 // errors.cpp      messages, signals, UBSan's reports
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdio.h>
@@ -76,6 +77,25 @@ void run_in_turn(const std::vector<Job>& jobs) {
   }
 }
 
+/// Keeps this thread, and those it makes, on the processor where it is: turns are handed over at a
+/// fraction of the cost, and only one thread runs at a time anyway.
+struct OneProcessor {
+  cpu_set_t old;
+  bool pinned = false;
+
+  OneProcessor() {
+    const int cpu = sched_getcpu();
+    if (cpu < 0 || sched_getaffinity(0, sizeof old, &old)) return;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(static_cast<unsigned>(cpu), &one);
+    pinned = sched_setaffinity(0, sizeof one, &one) == 0;
+  }
+  ~OneProcessor() {
+    if (pinned) sched_setaffinity(0, sizeof old, &old);
+  }
+};
+
 /// The blocks of one grid in the order in which they start, clusters in one piece.
 struct Queue {
   const Grid* grid;
@@ -112,6 +132,7 @@ std::string all_waiting(const std::vector<Queue>& queues, const std::vector<Work
 /// Grids at the same time, some blocks of each, in random turns. Some seeds start a grid late and
 /// let one grid crawl, as ranks of a job do.
 void run_together(std::vector<Queue>& queues) {
+  const OneProcessor pinned;
   size_t num_workers = 0;
   const bool skewed = queues.size() > 1;
   for (Queue& q : queues) {

@@ -21,11 +21,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from cumoe import kernels
 from cumoe.launch import KERNEL_DIR, KernelSpec
@@ -195,17 +197,22 @@ def _run_compiler(arguments: Sequence[str | Path]) -> None:
 @functools.cache
 def _engine() -> ctypes.CDLL:
     sources = sorted(HERE.glob("*.cpp"))
-    asan = asan_active()
-    flags = ["-std=c++17", "-O2", "-g", "-fPIC", "-pthread", *(_ASAN if asan else ())]
+    asan = _ASAN if asan_active() else ()
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-pthread", *asan]
 
     def compile_into(folder: Path) -> Path:
-        library = folder / "engine.so"
-        _run_compiler([*flags, "-shared", *sources, "-o", library])
-        return library
+        units = [folder / f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = [[*flags, "-c", *pair] for pair in zip(sources, units, strict=True)]
+            list(pool.map(lambda c: _run_compiler([*c[:-1], "-o", c[-1]]), commands))
+        _run_compiler(["-shared", "-pthread", *asan, *units, "-o", folder / "engine.so"])
+        return folder / "engine.so"
 
     files = (*sources, *sorted(HERE.glob("*.h")))
     texts = [f"{file.name}\0{file.read_text()}" for file in files]
-    path = _build([*texts, *flags], "engine", compile_into)
+    # Not once for each of the processes that start together.
+    with FileLock(cache_dir() / "engine.lock"):
+        path = _build([*texts, *flags], "engine", compile_into)
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     library.cumoe_host_run.argtypes = [
         ctypes.POINTER(_Grid),

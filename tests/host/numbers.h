@@ -2,7 +2,6 @@
 // widening, with the NaNs and the saturation of the PTX conversions.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -31,12 +30,12 @@ inline uint32_t to_bf16(float x) {
 /// Rounds to a format with the given mantissa bits and least exponent, as a multiple of its last
 /// place.
 inline double round_to(double x, int mantissa_bits, int min_exponent) {
-  if (x == 0.0 || !std::isfinite(x)) return x;
+  if (x == 0.0 || !__builtin_isfinite(x)) return x;
   int exponent;
-  std::frexp(x, &exponent);  // x = f * 2^exponent, f in [0.5, 1)
+  __builtin_frexp(x, &exponent);  // x = f * 2^exponent, f in [0.5, 1)
   const int last_place =
       (exponent - 1 < min_exponent ? min_exponent : exponent - 1) - mantissa_bits;
-  return std::ldexp(std::nearbyint(std::ldexp(x, -last_place)), last_place);
+  return __builtin_ldexp(__builtin_nearbyint(__builtin_ldexp(x, -last_place)), last_place);
 }
 
 inline float from_f16(uint32_t bits) {
@@ -53,14 +52,14 @@ inline float from_f16(uint32_t bits) {
 /// Overflow becomes infinity, every NaN 0x7fff.
 inline uint32_t to_f16(double x) {
   if (x != x) return 0x7fffu;
-  const uint32_t sign = std::signbit(x) ? 0x8000u : 0u;
-  const double r = std::fabs(round_to(x, 10, -14));
+  const uint32_t sign = __builtin_signbit(x) ? 0x8000u : 0u;
+  const double r = __builtin_fabs(round_to(x, 10, -14));
   if (r > 65504.0) return sign | 0x7c00u;
   if (r == 0.0) return sign;
   int exponent;
-  std::frexp(r, &exponent);
-  if (exponent - 1 < -14) return sign | static_cast<uint32_t>(std::ldexp(r, 24));
-  const uint32_t mantissa = static_cast<uint32_t>(std::ldexp(r, 10 - (exponent - 1))) & 0x3ffu;
+  __builtin_frexp(r, &exponent);
+  if (exponent - 1 < -14) return sign | static_cast<uint32_t>(__builtin_ldexp(r, 24));
+  const uint32_t mantissa = static_cast<uint32_t>(__builtin_ldexp(r, 10 - (exponent - 1))) & 0x3ffu;
   return sign | static_cast<uint32_t>(exponent - 1 + 15) << 10 | mantissa;
 }
 
@@ -72,7 +71,7 @@ inline float from_e4m3(uint32_t bits) {
   } else if (exponent == 0) {
     x = static_cast<float>(mantissa) * 0x1p-9f;
   } else {
-    x = std::ldexp(static_cast<float>(8 + mantissa), static_cast<int>(exponent) - 10);
+    x = __builtin_ldexpf(static_cast<float>(8 + mantissa), static_cast<int>(exponent) - 10);
   }
   return bits & 0x80u ? -x : x;
 }
@@ -80,14 +79,14 @@ inline float from_e4m3(uint32_t bits) {
 /// Saturates at 448, infinity too; every NaN becomes 0x7f.
 inline uint32_t to_e4m3(float x) {
   if (x != x) return 0x7fu;
-  const uint32_t sign = std::signbit(x) ? 0x80u : 0u;
-  double r = std::fabs(round_to(x, 3, -6));
+  const uint32_t sign = __builtin_signbit(x) ? 0x80u : 0u;
+  double r = __builtin_fabs(round_to(x, 3, -6));
   if (r >= 448.0) return sign | 0x7eu;
   if (r == 0.0) return sign;
   int exponent;
-  std::frexp(r, &exponent);
-  if (exponent - 1 < -6) return sign | static_cast<uint32_t>(std::ldexp(r, 9));
-  const uint32_t mantissa = static_cast<uint32_t>(std::ldexp(r, 3 - (exponent - 1))) & 7u;
+  __builtin_frexp(r, &exponent);
+  if (exponent - 1 < -6) return sign | static_cast<uint32_t>(__builtin_ldexp(r, 9));
+  const uint32_t mantissa = static_cast<uint32_t>(__builtin_ldexp(r, 3 - (exponent - 1))) & 7u;
   return sign | static_cast<uint32_t>(exponent - 1 + 7) << 3 | mantissa;
 }
 

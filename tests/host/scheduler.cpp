@@ -227,7 +227,7 @@ void poll(const char* what, Site site, const void* address) {
   t->polled = address;
   t->polled_since = run.progress;
   ++run.polls;
-  if (++t->polls > 8 && rng.below(8) == 0) run.turn_passed = true;
+  if (++t->polls > 8 && rng.below(16) == 0) run.turn_passed = true;
   t->doing = what;
   t->polling = true;
   yield(site);

@@ -5,7 +5,10 @@
 // own.
 #pragma once
 
-#include <cmath>
+// libstdc++'s math.h is then C's, here and in kernels: <cmath> takes longer than most of them.
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -74,8 +77,8 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 
 #define CUMOE_MINMAX(name, op)                                                                  \
