@@ -36,7 +36,7 @@ from tests.bad_input_cases import (
 CASES: list[Case] = []
 
 CASES += refusals(
-    "swiglu",
+    "activate",
     (TYPE, "gate_up_order: expected one of .*, got NoneType", dict(gate_up_order=None)),
     (VALUE, "gate_up_order: expected one of .*, got 'interleaved'",
      dict(gate_up_order="interleaved")),

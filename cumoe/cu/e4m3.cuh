@@ -62,4 +62,27 @@ __device__ __forceinline__ float e4m3_scale(float amax) {
   return fmaxf(__fdiv_rn(amax, kE4m3Max), kMinScale);
 }
 
+/// y[i] / scale for the scale of a block with these values, every quotient with the bits of __fdiv_rn as
+/// far as rounding to e4m3 can tell, in three operations each: a reciprocal that is rounded correctly,
+/// and one correction by the remainder, which is exact.
+template <int kCount>
+__device__ __forceinline__ void divide_by_scale(float (&y)[kCount], float scale) {
+  // NOTE: a remainder must not be subnormal. Powers of two change no quotient that e4m3 can hold.
+  if (!(scale >= 0x1p-90f && scale <= 0x1p100f)) {
+    const float factor = scale < 1.0f ? 0x1p64f : 0x1p-64f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) y[i] *= factor;
+    scale *= factor;
+  }
+  const float reciprocal = __frcp_rn(scale);
+  const float divisor =
+      scale == INFINITY ? 0.0f : scale;  // then finite / inf = 0 and inf / inf = NaN
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    // The negative remainder, so that a zero keeps its sign.
+    const float quotient = __fmul_rn(y[i], reciprocal);
+    y[i] = __fmaf_rn(-__fmaf_rn(divisor, quotient, -y[i]), reciprocal, quotient);
+  }
+}
+
 }  // namespace cumoe
