@@ -239,7 +239,7 @@ STRIDES = "expected a C-contiguous array, got shape"
 BAD_VALUES: list[tuple[str, Callable[[], Any]]] = [
     (
         r"gate_up_order: expected one of \['gate_up', 'up_gate', 'gate_up_interleaved', "
-        r"'up_gate_interleaved'\], got None; the order of w13's rows decides which half",
+        r"'up_gate_interleaved', 'up'\], got None; the order of w13's rows decides which half",
         of("bf16", gate_up_order=None),
     ),
     ("gate_up_order: expected one of .*, got 'w3w1'", of("bf16", gate_up_order="w3w1")),
@@ -302,7 +302,7 @@ BAD_VALUES: list[tuple[str, Callable[[], Any]]] = [
     (f"w2_scale: {STRIDES}", of("fp8_block", w2_scale=f32(2, 2, 3).swapaxes(1, 2))),
     # Methods.
     (
-        "gate_up_order: expected one of .*, got 'up'",
+        "gate_up_order: expected 'gate_up' or another order with a gate, got 'up'",
         call("bf16", "convert", gate_up_order="up"),
     ),
     ("layout: expected one of .*, got 'k_major'", call("bf16", "convert", layout="k_major")),
