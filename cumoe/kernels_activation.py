@@ -33,7 +33,7 @@ BLOCKS_PER_SM: dict[int, dict[int, int]] = {
 """Bytes of an input element -> rows of a unit -> blocks of the grid per SM, which bound the
 kernel's registers. All blocks of an SM have 40 KB of loads in flight and more."""
 
-LIGHT = ("swiglu", "geglu_tanh", "relu2", "silu", "identity")
+LIGHT = ("swiglu", "geglu_tanh", "situ", "relu2", "silu", "identity")
 """Activations whose arithmetic fits those registers."""
 
 HEAVY_BLOCKS_PER_SM = 3

@@ -103,7 +103,7 @@ MUTATIONS = {
         "activation.cu", "low && row0 + r < num_rows", "low", case="fp8 to bf16, 2880"
     ),
     "activation: next unit": Mutation(
-        "activation.cu", "block -= p.num_blocks, ++group", "block -= p.num_blocks",
+        "activation.cu", "if (block >= p.num_blocks) block -= p.num_blocks, ++group;", "",
         case="704, several rounds",
     ),
     "activation: 32-bit offsets": Mutation(
@@ -127,7 +127,7 @@ MUTATIONS = {
     ),
     "activation: tiny scales": Mutation(
         "e4m3.cuh", "!(scale >= 0x1p-90f && scale <= 0x1p100f)", "false", "activation",
-        case="exact, from float32",
+        case="midpoints",
     ),
     "routing: tokens": Mutation(
         "routing_topk.cu", "if (token >= p.num_tokens) return;", "", case="default"

@@ -58,6 +58,17 @@ __device__ __forceinline__ float gelu_tanh(float x) {
   return x * sigmoid(0x1.988454p+0f * (x + 0.044715f * x * x * x));
 }
 
+/// tanh(x) within 8 ulp and without a branch: an odd polynomial below 0.6, beyond it by exp.
+__device__ __forceinline__ float tanh_f32(float x) {
+  const float s = x * x, magnitude = fabsf(x);
+  float p = fmaf(0x1.ff9842p-7f, s, -0x1.abb818p-5f);
+  p = fmaf(p, s, 0x1.10a712p-3f);
+  p = fmaf(p, s, -0x1.555368p-2f);
+  const float near = fmaf(x, p * s, x);
+  const float far = 1.0f - 2.0f * sigmoid(magnitude, -2.0f);
+  return magnitude < 0.6f ? near : copysignf(far, x);
+}
+
 /// max(x, 0)^2
 __device__ __forceinline__ float relu2(float x) {
   const float positive = x < 0.0f ? 0.0f : x;
@@ -74,7 +85,8 @@ __device__ __forceinline__ float swiglu(float gate, float up, float alpha, float
 /// beta * tanh(u / beta) * alpha * tanh(g / alpha) * sigmoid(g), g and u limited as in swiglu.
 __device__ __forceinline__ float situ(float gate, float up, float alpha, float beta, float limit) {
   const float g = limit_above(gate, limit), u = limit_both(up, limit);
-  return beta * tanhf(u / beta) * (alpha * tanhf(g / alpha) * sigmoid(g));
+  const float bounded = beta * tanh_f32(__fdividef(u, beta));
+  return bounded * (alpha * tanh_f32(__fdividef(g, alpha)) * sigmoid(g));
 }
 
 #ifndef ACTIVATION
