@@ -74,7 +74,7 @@ PARAMS: dict[str, np.dtype] = {
         *_fields(_I64, "y_scale_row_stride y_scale_block_stride"),
         *_fields(_POINTER, "num_held_rows token_idx tile_expert"),
         *_fields(_I32, "num_rows tile intermediate_size num_blocks first_half"),
-        *_fields(_I32, "group_step block_step unused_"),
+        *_fields(_I32, "group_step block_step zero"),
         ("activation", _ACTIVATION),
     ),
     "finalize": _struct(

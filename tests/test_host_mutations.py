@@ -117,17 +117,24 @@ MUTATIONS = {
     ),
     "activation: zeros of their sign": Mutation(
         "e4m3.cuh",
-        "__fmaf_rn(-__fmaf_rn(divisor, quotient, -y[i]), reciprocal, quotient)",
-        "__fmaf_rn(__fmaf_rn(-divisor, quotient, y[i]), reciprocal, quotient)",
+        "__fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q)",
+        "__fmaf_rn(__fmaf_rn(-b, q, a), reciprocal, q)",
         "activation", case="exact, from float32",
     ),
     "activation: division by infinity": Mutation(
-        "e4m3.cuh", "scale == INFINITY ? 0.0f : scale", "scale", "activation",
+        "e4m3.cuh", "scale == INFINITY ? 0.0f : scale * factor", "scale * factor", "activation",
         case="exact, from float32",
     ),
     "activation: tiny scales": Mutation(
-        "e4m3.cuh", "!(scale >= 0x1p-90f && scale <= 0x1p100f)", "false", "activation",
-        case="midpoints",
+        "e4m3.cuh", "amax < 1.0f ? 0x1p64f : 0x1p-64f", "1.0f", "activation", case="midpoints"
+    ),
+    "activation: quotient": Mutation(
+        "e4m3.cuh", "return __fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q);", "return q;",
+        "activation", case="midpoints",
+    ),
+    "activation: 448": Mutation(
+        "e4m3.cuh", "quotient(amax, kE4m3Max, 1.0f / kE4m3Max)", "amax * (1.0f / kE4m3Max)",
+        "activation", case="midpoints",
     ),
     "routing: tokens": Mutation(
         "routing_topk.cu", "if (token >= p.num_tokens) return;", "", case="default"

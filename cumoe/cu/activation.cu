@@ -35,7 +35,7 @@ struct Params {
   int32_t first_half;  // the half of x that is the gate (GATED, not INTERLEAVED)
   int32_t group_step;  // from a unit of this thread to its next: row groups
   int32_t block_step;  // and blocks, below num_blocks
-  int32_t unused_;
+  uint32_t zero;       // 0, which the compiler does not know
   ActivationParams activation;
 };
 
@@ -49,20 +49,19 @@ constexpr int kChunks = kSides * kBytesIn;  // 16-byte chunks a lane loads of a 
 static_assert(!INTERLEAVED || (GATED && INPUT_TYPE != kE4m3),
               "only 16- and 32-bit pairs alternate");
 
-/// Loads a lane's 16 columns of one row; chunks past the row are zeros.
-__device__ __forceinline__ void load_row(uint4 (&raw)[kChunks], const Params& p, int64_t row,
-                                         int column, bool valid) {
-  const int64_t start = row * (kSides * static_cast<int64_t>(p.intermediate_size));
+/// Loads a lane's 16 columns of one row from `sides`, which may be one place; chunks past the row are
+/// zeros. The first half of the columns is in the row if any is.
+__device__ __forceinline__ void load_row(uint4 (&raw)[kChunks], const uint8_t* const (&sides)[2],
+                                         int64_t offset, bool low, bool high) {
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     // Chunk c holds 16 bytes of one side, or, interleaved, 8 bytes of each.
     const int side = INTERLEAVED ? 0 : c / kBytesIn, part = INTERLEAVED ? c : c % kBytesIn;
-    const int first = part * (INTERLEAVED ? 8 : 16) / kBytesIn;  // of the lane's columns
-    const int64_t at = (INTERLEAVED ? 2 : 1) * static_cast<int64_t>(column + first) +
-                       (GATED && !INTERLEAVED ? (side ^ p.first_half) * p.intermediate_size : 0);
-    const bool inside = valid && (first == 0 || column + first < p.intermediate_size);
+    const bool first = part * (INTERLEAVED ? 8 : 16) / kBytesIn < 8;  // of the lane's columns
     raw[c] = make_uint4(0, 0, 0, 0);
-    if (inside) raw[c] = *reinterpret_cast<const uint4*>(p.x + (start + at) * kBytesIn);
+    if (first ? low : high) {
+      raw[c] = *reinterpret_cast<const uint4*>(sides[side] + offset + part * 16);
+    }
   }
 }
 
@@ -96,9 +95,7 @@ __device__ __forceinline__ void unpack(float (&v)[kColumns], const uint4 (&raw)[
 }
 
 /// Rounds and stores a lane's 16 columns of one row.
-__device__ __forceinline__ void store_row(const Params& p, int64_t row, int column,
-                                          const float (&y)[kColumns]) {
-  const int64_t start = row * p.intermediate_size + column;
+__device__ __forceinline__ void store_row(uint8_t* to, const float (&y)[kColumns], bool high) {
 #pragma unroll
   for (int c = 0; c < kBytesOut; ++c) {
     constexpr int kElems = 16 / kBytesOut;
@@ -114,9 +111,8 @@ __device__ __forceinline__ void store_row(const Params& p, int64_t row, int colu
         words[w] = pack_pair<OUTPUT_TYPE>(v[0], v[1]);
       }
     }
-    if (c == 0 || column + c * kElems < p.intermediate_size) {
-      *reinterpret_cast<uint4*>(p.y + (start + c * kElems) * kBytesOut) =
-          make_uint4(words[0], words[1], words[2], words[3]);
+    if (c * kElems < 8 || high) {
+      *reinterpret_cast<uint4*>(to + c * 16) = make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 }
@@ -131,9 +127,7 @@ __device__ __forceinline__ float scale_row(float (&y)[kColumns], bool low, bool 
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     block = fmaxf(block, __shfl_xor_sync(kFullMask, block, offset));
   }
-  const float scale = e4m3_scale(block);
-  divide_by_scale(y, scale);
-  return scale;
+  return divide_by_scale(y, block);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
@@ -150,37 +144,60 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   while (__any_sync(kFullMask, group * ROWS < num_rows)) {
     const unsigned row0 = group * ROWS;
     const int column = block * kScaleBlock + lane * kColumns;
-    const bool low = column < p.intermediate_size, high = column + 8 < p.intermediate_size;
-    bool held[ROWS];
-    bool any = false;
+    const bool inside = column < p.intermediate_size, high = column + 8 < p.intermediate_size;
+    unsigned held = 0;  // bit r: row0 + r is no padding
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      held[r] = low && row0 + r < num_rows;
-      if (p.token_idx != nullptr && held[r]) held[r] = p.token_idx[row0 + r] >= 0;
-      any |= held[r];
+      bool valid = inside && row0 + r < num_rows;
+      if (p.token_idx != nullptr && valid) valid = p.token_idx[row0 + r] >= 0;
+      held |= static_cast<unsigned>(valid) << r;
     }
-    if (__any_sync(kFullMask, any)) {
+    if (__any_sync(kFullMask, held)) {
+      const int64_t size = p.intermediate_size, half_bytes = size * kBytesIn;
+      const uint8_t* x = p.x + row0 * (kSides * half_bytes) +
+                         static_cast<int64_t>(column) * (INTERLEAVED ? 2 * kBytesIn : kBytesIn);
+      const bool swapped = GATED && !INTERLEAVED && p.first_half;
+      const uint8_t* const sides[2] = {x + (swapped ? half_bytes : 0),
+                                       x + (swapped ? 0 : half_bytes)};
       uint4 raw[ROWS][kChunks];
-      float x_scale[ROWS][2];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) load_row(raw[r], p, row0 + r, column, held[r]);
+      for (int r = 0; r < ROWS; ++r) {
+        const bool low = held >> r & 1;
+        load_row(raw[r], sides, r * (kSides * half_bytes), low, low && high);
+      }
+      float x_scale[ROWS][2] = {};
       if constexpr (INPUT_TYPE == kE4m3) {
+        const float* scale =
+            p.x_scale + row0 * p.x_scale_row_stride + block * p.x_scale_block_stride;
+        const int64_t half = p.num_blocks * p.x_scale_block_stride;
+        const float* const scales[2] = {scale + (swapped ? half : 0), scale + (swapped ? 0 : half)};
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          const float* scale = p.x_scale + (row0 + r) * p.x_scale_row_stride;
 #pragma unroll
           for (int side = 0; side < kSides; ++side) {
-            x_scale[r][side] = 0.0f;
-            const int half = GATED ? side ^ p.first_half : 0;
-            const int64_t at = (block + half * p.num_blocks) * p.x_scale_block_stride;
-            if (held[r]) x_scale[r][side] = scale[at];
+            if (held >> r & 1) x_scale[r][side] = scales[side][r * p.x_scale_row_stride];
           }
         }
       }
-      const int expert = p.tile_expert != nullptr && any ? p.tile_expert[row0 / p.tile] : 0;
+      const int expert = p.tile_expert != nullptr && held ? p.tile_expert[row0 / p.tile] : 0;
       const ActivationValues act = activation_of(p.activation, expert);
+      uint8_t* y_row = p.y + (row0 * size + column) * kBytesOut;
+      float* y_scale = p.y_scale + row0 * p.y_scale_row_stride + block * p.y_scale_block_stride;
+      if constexpr (ROWS > 1) {
+        // NOTE: never taken. It makes the first row wait until the loads of the last are issued, which
+        // the compiler would spread among the arithmetic.
+        uint32_t words = 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+          for (int c = 0; c < kChunks; ++c) words |= raw[r][c].x;
+          words |= __float_as_uint(x_scale[r][0]) | __float_as_uint(x_scale[r][1]);
+        }
+        if (__any_sync(kFullMask, words & p.zero)) break;
+      }
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
+        const bool low = held >> r & 1;
         float v[2][kColumns];
 #pragma unroll
         for (int side = 0; side < kSides; ++side) {
@@ -192,16 +209,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
         }
         float y[kColumns];
 #pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-          y[i] = activate(v[0][i], v[kSides - 1][i], act);
-        }
+        for (int i = 0; i < kColumns; ++i) y[i] = activate(v[0][i], v[kSides - 1][i], act);
         if constexpr (OUTPUT_TYPE == kE4m3) {
-          const float scale = scale_row(y, held[r], held[r] && high);
-          if (held[r] && lane == 0) {
-            p.y_scale[(row0 + r) * p.y_scale_row_stride + block * p.y_scale_block_stride] = scale;
+          const float scale = scale_row(y, low, low && high);
+          if (low && lane == 0) {
+            y_scale[r * p.y_scale_row_stride] = scale;
           }
         }
-        if (held[r]) store_row(p, row0 + r, column, y);
+        if (low) store_row(y_row + r * (size * kBytesOut), y, high);
       }
     }
     group += p.group_step;
