@@ -86,21 +86,21 @@ MUTATIONS = {
         "finalize.cu", "if (column >= p.hidden_size) return;", "", case="tails"
     ),
     "activation: columns": Mutation(
-        "activation.cu", "low = column < p.intermediate_size", "low = true", case="to fp8"
+        "activation.cu", "inside = column < p.intermediate_size", "inside = true", case="to fp8"
     ),
     "activation: half a lane loaded": Mutation(
-        "activation.cu", "(first == 0 || column + first < p.intermediate_size)", "true",
+        "activation.cu", "if (first ? low : high)", "if (low)",
         case="halves",
     ),
     "activation: half a lane stored": Mutation(
-        "activation.cu", "c == 0 || column + c * kElems < p.intermediate_size", "true",
+        "activation.cu", "c * kElems < 8 || high", "true",
         case="halves",
     ),
     "activation: rows held": Mutation(
         "activation.cu", "*p.num_held_rows : p.num_rows", "p.num_rows : p.num_rows", case="shard"
     ),
     "activation: last rows": Mutation(
-        "activation.cu", "low && row0 + r < num_rows", "low", case="fp8 to bf16, 2880"
+        "activation.cu", "inside && row0 + r < p.num_rows", "inside"
     ),
     "activation: next unit": Mutation(
         "activation.cu", "if (block >= p.num_blocks) block -= p.num_blocks, ++group;", "",
@@ -108,8 +108,8 @@ MUTATIONS = {
     ),
     "activation: 32-bit offsets": Mutation(
         "activation.cu",
-        "row * (kSides * static_cast<int64_t>(p.intermediate_size))",
-        "static_cast<unsigned>(row) * (kSides * p.intermediate_size)",
+        "row0 * (kSides * half_bytes)",
+        "row0 * static_cast<unsigned>(kSides * half_bytes)",
         case="offsets past 2^32",
     ),
     "activation: one warp's shuffles": Mutation(
@@ -158,11 +158,11 @@ MUTATIONS = {
     ),
     # Gate and up swapped.
     "activation: gate and up": Mutation(
-        "activation.cu", "(side ^ p.first_half) * p.intermediate_size",
-        "side * p.intermediate_size", case="fp8 to fp8, experts",
+        "activation.cu", "sides[2] = {x + (swapped ? half_bytes : 0)", "sides[2] = {x",
+        case="fp8 to fp8, experts",
     ),
     "activation: scales of gate and up": Mutation(
-        "activation.cu", "GATED ? side ^ p.first_half : 0", "side", case="704, several rounds"
+        "activation.cu", "{scale + (swapped ? half : 0)", "{scale", case="704, several rounds"
     ),
     "activation: pairs": Mutation(
         "activation.cu", "INTERLEAVED == 2 ? 1 - side : side", "side", case="interleaved up first"

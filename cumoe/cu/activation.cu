@@ -28,7 +28,7 @@ struct Params {
   const int32_t* num_held_rows;  // (1,) or null: num_rows
   const int32_t* token_idx;      // (num_rows,) or null: every row counts
   const int32_t* tile_expert;    // (num_rows / tile,) or null: one expert
-  int32_t num_rows;
+  uint32_t num_rows;
   int32_t tile;               // rows of a tile, a multiple of ROWS
   int32_t intermediate_size;  // a multiple of 16; of 8 without e4m3
   int32_t num_blocks;
@@ -138,19 +138,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   int block = unit - group * p.num_blocks;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const unsigned num_rows = p.num_held_rows != nullptr ? *p.num_held_rows : p.num_rows;
+  // Needed only after the first token_idx, so that few tokens wait for one load and not for two.
+  const unsigned num_held = p.num_held_rows != nullptr ? *p.num_held_rows : p.num_rows;
 
   // NOTE: the shuffles need whole warps, so a warp goes on until none of its lanes has a row left.
-  while (__any_sync(kFullMask, group * ROWS < num_rows)) {
+  do {
     const unsigned row0 = group * ROWS;
     const int column = block * kScaleBlock + lane * kColumns;
     const bool inside = column < p.intermediate_size, high = column + 8 < p.intermediate_size;
     unsigned held = 0;  // bit r: row0 + r is no padding
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      bool valid = inside && row0 + r < num_rows;
+      bool valid = inside && row0 + r < p.num_rows;
       if (p.token_idx != nullptr && valid) valid = p.token_idx[row0 + r] >= 0;
-      held |= static_cast<unsigned>(valid) << r;
+      held |= static_cast<unsigned>(valid && row0 + r < num_held) << r;
     }
     if (__any_sync(kFullMask, held)) {
       const int64_t size = p.intermediate_size, half_bytes = size * kBytesIn;
@@ -222,5 +223,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     group += p.group_step;
     block += p.block_step;
     if (block >= p.num_blocks) block -= p.num_blocks, ++group;
-  }
+  } while (__any_sync(kFullMask, group * ROWS < num_held));
 }
