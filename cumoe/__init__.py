@@ -5,7 +5,7 @@ the package touches no GPU.
 """
 
 from cumoe import launch, layouts, tuning
-from cumoe.activation import swiglu
+from cumoe.activation import activate
 from cumoe.config import (
     Activation,
     ExpertParts,
@@ -17,6 +17,7 @@ from cumoe.config import (
     RoutingMethod,
     TopK,
 )
+from cumoe.custom_activation import custom_activation
 from cumoe.finalize import finalize, finalize_parts
 from cumoe.grouped_gemm import grouped_gemm
 from cumoe.moe import MoELayer, moe, routed_moe
@@ -39,6 +40,8 @@ __all__ = [
     "Routing",
     "RoutingMethod",
     "TopK",
+    "activate",
+    "custom_activation",
     "dequantize",
     "finalize",
     "finalize_parts",
@@ -52,7 +55,6 @@ __all__ = [
     "quantize_fp8_block_weights",
     "route",
     "routed_moe",
-    "swiglu",
     "tuning",
     "unpack",
 ]

@@ -19,6 +19,7 @@ from cumoe.arrays import (
     address,
     as_native,
     check_shape,
+    dtype_name,
     empty,
     is_device,
     same_place,
@@ -33,7 +34,6 @@ from cumoe.config import (
 )
 from cumoe.layouts import (
     BLOCK_BYTES,
-    GATE_UP_ORDERS,
     WEIGHT_LAYOUTS,
     GateUpOrder,
     half_slices,
@@ -47,6 +47,10 @@ from cumoe.reference.quantize import quantize_fp8_block_weights as quantize_host
 WeightRecipe = Literal["bf16", "fp8_block"]
 """``"bf16"``: bfloat16 weights. ``"fp8_block"``: float8_e4m3fn, a float32 scale per 128 x 128."""
 
+W13Order = Literal[GateUpOrder, "up"]
+"""How w13 holds gate and up, or ``"up"``: rows of up alone, for an activation without a gate."""
+
+W13_ORDERS: tuple[str, ...] = get_args(W13Order)
 WEIGHT_RECIPES: tuple[str, ...] = get_args(WeightRecipe)
 PAYLOAD_DTYPES = {"bf16": "bfloat16", "fp8_block": FP8}
 SCALE_BLOCK = 128
@@ -61,14 +65,28 @@ def num_blocks(size: int) -> int:
     return -(-size // SCALE_BLOCK)
 
 
-def check_order(order: str | None, name: str = "gate_up_order") -> GateUpOrder:
-    """Return a known gate/up order or raise; a missing one is explained."""
+def check_order(order: str | None, name: str = "gate_up_order") -> W13Order:
+    """Return a known order of w13 or raise; a missing one is explained."""
     if order is None:
         raise ValueError(
-            f"{name}: expected one of {list(GATE_UP_ORDERS)}, got None; the order of w13's rows "
+            f"{name}: expected one of {list(W13_ORDERS)}, got None; the order of w13's rows "
             "decides which half passes through the activation, and no shape tells it"
         )
-    return cast(GateUpOrder, check_choice(name, order, GATE_UP_ORDERS))
+    return cast(W13Order, check_choice(name, order, W13_ORDERS))
+
+
+def find_recipe(recipe: str | None, w13: Any, scales: dict[str, Any]) -> str:
+    """Return the stated recipe, or the one that the arrays imply, once the scales agree with it."""
+    if recipe is None:
+        fp8 = dtype_name(w13) in (FP8, "uint8")
+        recipe = "fp8_block" if fp8 or any(s is not None for s in scales.values()) else "bf16"
+    check_choice("recipe", recipe, WEIGHT_RECIPES)
+    for name, scale in scales.items():
+        if recipe == "fp8_block" and scale is None:
+            raise ValueError(f"{name}: expected float32 block scales of an fp8 payload, got None")
+        if recipe == "bf16" and scale is not None:
+            raise ValueError(f"{name}: expected None with recipe 'bf16', got an array")
+    return recipe
 
 
 def check_sizes(hidden_size: int, intermediate_size: int, dtype: str, layout: str) -> None:
@@ -90,11 +108,13 @@ def fill_from_experts(
     down: Any,
     *,
     recipe: str,
-    gate_up_order: GateUpOrder,
+    gate_up_order: W13Order,
     layout: str,
     num_experts: int | None = None,
 ) -> dict[str, Array]:
     """Return w13, w2 and, if quantised, their scales, filled matrix by matrix.
+
+    `gate` is None with the order ``"up"``, which has none.
 
     The arguments, errors and rounding are those of :meth:`cumoe.ExpertWeights.from_experts`; the
     keys are its fields.
@@ -102,14 +122,21 @@ def fill_from_experts(
     check_choice("recipe", recipe, WEIGHT_RECIPES)
     check_choice("layout", layout, WEIGHT_LAYOUTS)
     order = check_order(gate_up_order)
-    streams = [_Matrices(x, name) for x, name in ((gate, "gate"), (up, "up"), (down, "down"))]
+    given = {"gate": gate, "up": up, "down": down}
+    if order == "up":
+        if gate is not None:
+            raise ValueError(
+                f"gate: expected None with gate_up_order 'up', got {type(gate).__name__}"
+            )
+        del given["gate"]
+    streams = [_Matrices(x, name) for name, x in given.items()]
     count = _agree_on_count(num_experts, streams)
     arrays: dict[str, Array] = {}
     for expert in range(count):
         for stream in streams:
             matrix = stream.take(expert, count)
             if not arrays:
-                arrays = _allocate(matrix, count, recipe, layout)
+                arrays = _allocate(matrix, count, recipe, layout, sides=len(streams) - 1)
             _store(arrays, stream.name, expert, matrix, order)
             # NOTE: an iterator that loads lazily must not find the previous matrix still alive.
             del matrix
@@ -153,8 +180,8 @@ def _agree_on_count(num_experts: int | None, streams: list[_Matrices]) -> int:
     known = [(name, count) for name, count in counts if count is not None]
     if not known:
         raise ValueError(
-            "num_experts: expected an int, since gate, up and down are iterators without a length, "
-            "got None"
+            f"num_experts: expected an int, since {', '.join(s.name for s in streams[:-1])} and "
+            "down are iterators without a length, got None"
         )
     first, expected = known[0]
     for name, count in known:
@@ -164,32 +191,33 @@ def _agree_on_count(num_experts: int | None, streams: list[_Matrices]) -> int:
     return expected
 
 
-def _allocate(gate: Array, count: int, recipe: str, layout: str) -> dict[str, Array]:
-    """Allocate the arrays of the result, beside the first gate matrix and by its shape."""
-    size, hidden_size = (int(n) for n in gate.shape)
+def _allocate(first: Array, count: int, recipe: str, layout: str, sides: int) -> dict[str, Array]:
+    """Allocate the arrays of the result, beside the first matrix and by its shape."""
+    size, hidden_size = (int(n) for n in first.shape)
     dtype = PAYLOAD_DTYPES[recipe]
     check_sizes(hidden_size, size, dtype, layout)
     bk = BLOCK_BYTES // DTYPES[dtype].itemsize
     arrays = {}
-    for name, m, k in (("w13", 2 * size, hidden_size), ("w2", hidden_size, size)):
+    for name, m, k in (("w13", sides * size, hidden_size), ("w2", hidden_size, size)):
         shape = (count, m, k) if layout == "major_k" else (count, k // bk, m, bk)
-        arrays[name] = empty(gate, shape, dtype)
+        arrays[name] = empty(first, shape, dtype)
     if recipe == "fp8_block":
         rows, columns = num_blocks(size), num_blocks(hidden_size)
-        arrays["w13_scale"] = empty(gate, (count, 2 * rows, columns), "float32")
-        arrays["w2_scale"] = empty(gate, (count, columns, rows), "float32")
+        arrays["w13_scale"] = empty(first, (count, sides * rows, columns), "float32")
+        arrays["w2_scale"] = empty(first, (count, columns, rows), "float32")
     return arrays
 
 
 def _store(
-    arrays: dict[str, Array], name: str, expert: int, matrix: Array, order: GateUpOrder
+    arrays: dict[str, Array], name: str, expert: int, matrix: Array, order: W13Order
 ) -> None:
     """Round or quantise one matrix and put it in its place."""
     w13, w2 = arrays["w13"], arrays["w2"]
-    size, hidden_size = int(w13.shape[-2]) // 2, int(w2.shape[-2])
+    sides = 1 if order == "up" else 2
+    size, hidden_size = int(w13.shape[-2]) // sides, int(w2.shape[-2])
     label = f"{name}[{expert}]"
     check_shape(label, matrix, (hidden_size, size) if name == "down" else (size, hidden_size))
-    same_place({"gate[0]": w13, label: matrix})
+    same_place({"up[0]" if order == "up" else "gate[0]": w13, label: matrix})
     if name == "down":
         target, rows, scale = w2, slice(None), arrays.get("w2_scale")
     else:
@@ -198,7 +226,7 @@ def _store(
         scale = arrays.get("w13_scale")
         if scale is not None:
             half = 0 if order.startswith(name) else 1
-            scale = scale.reshape(scale.shape[0], 2, -1, scale.shape[2])[:, half]
+            scale = scale.reshape(scale.shape[0], sides, -1, scale.shape[2])[:, half]
     with on_device_of(matrix):
         if scale is None:
             payload = _round_bf16(matrix)

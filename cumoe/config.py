@@ -1,8 +1,8 @@
 """What a layer is asked to do, and the small containers that ops pass to each other.
 
 Owns the frozen descriptions that validate themselves when they are built, and the tuples that carry
-routing decisions, permutations and quantised arrays. Imports NumPy only; knows no kernel and no
-device.
+routing decisions, permutations and quantised arrays. Imports NumPy only, and the table
+of activations; knows no kernel and no device.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from cumoe.formulas import ACTIVATIONS, PARAMETERS, ActivationFormula
 
 Array = Any
 """A NumPy or CuPy array."""
@@ -289,34 +291,77 @@ class ExpertShard:
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """The gated activation between the two expert GEMMs.
+    """What is between the two expert GEMMs.
 
-    ``y = g / (1 + exp(-alpha * g)) * (u + beta)`` with ``g = min(gate, limit)`` and
-    ``u = clip(up, -limit, limit)``; without parameters ``silu(gate) * up``.
+    With ``g = min(gate, limit)`` and ``u = clip(up, -limit, limit)``; no limit unless one is given:
+
+    ============== ================================================================== =============
+    name           value                                                              parameters
+    ============== ================================================================== =============
+    ``swiglu``     ``g / (1 + exp(-alpha * g)) * (u + beta)``                         default 1, 0
+    ``situ``       ``beta * tanh(u / beta) * alpha * tanh(g / alpha) / (1 + exp(-g))`` default 1, 1
+    ``geglu``      ``gate * (1 + erf(gate / sqrt(2))) / 2 * up``                      none
+    ``geglu_tanh`` geglu with the tanh approximation of erf                           none
+    ``relu2``      ``max(x, 0) ** 2``                                                 none
+    ``silu``       ``x / (1 + exp(-x))``                                              none
+    ``identity``   ``x``                                                              none
+    ============== ================================================================== =============
+
+    The last three have no gate: they go with weights of ``gate_up_order="up"``, half as many rows.
 
     Parameters
     ----------
-    name : {"swiglu"}
+    name : str
+        One of these; :func:`cumoe.custom_activation` makes others.
     alpha, beta, limit : float or array, optional
         One number, or a float32 array of one value per local expert (shared experts last), on the
-        device of the weights. Defaults: 1, 0 and no limit. A limit is positive.
+        device of the weights. A limit is positive; those of situ are not 0.
+    formula : ActivationFormula, optional
+        Given for a user's activation only.
     """
 
     name: str = "swiglu"
     alpha: Array | float | None = None
     beta: Array | float | None = None
     limit: Array | float | None = None
+    formula: ActivationFormula | None = None
 
     def __post_init__(self) -> None:
-        check_choice("activation", self.name, ("swiglu",))
-        for field in ("alpha", "beta", "limit"):
+        if self.formula is None or self.name in ACTIVATIONS:
+            check_choice("activation", self.name, tuple(ACTIVATIONS))
+            object.__setattr__(self, "formula", ACTIVATIONS[self.name])
+        taken = dict(self.definition.defaults)
+        for field in PARAMETERS:
             value = getattr(self, field)
+            if value is not None and field not in taken:
+                raise ValueError(
+                    f"activation.{field}: expected None, since {self.name!r} takes "
+                    f"{' and '.join(taken) or 'no parameter'}"
+                )
             if value is None or hasattr(value, "shape") and getattr(value, "ndim", 0) > 0:
                 continue
             value = check_finite(f"activation.{field}", value)
-            if field == "limit" and value <= 0:
-                raise ValueError(f"activation.limit: expected a positive number, got {value}")
+            if value == 0 and self.name == "situ" or field == "limit" and value <= 0:
+                kind = "positive" if field == "limit" else "nonzero"
+                raise ValueError(f"activation.{field}: expected a {kind} number, got {value}")
             object.__setattr__(self, field, value)
+
+    @property
+    def definition(self) -> ActivationFormula:
+        """The formula, which every activation has."""
+        assert self.formula is not None
+        return self.formula
+
+    @property
+    def gated(self) -> bool:
+        """Whether w13 holds gate rows beside the up rows."""
+        return self.definition.gated
+
+    def value(self, parameter: str) -> Array | float:
+        """Return a parameter as given, or its default."""
+        given = getattr(self, parameter)
+        default = dict(self.definition.defaults).get(parameter, PARAMETERS[parameter])
+        return default if given is None else given
 
 
 class TopK(NamedTuple):

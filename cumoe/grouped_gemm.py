@@ -13,6 +13,7 @@ import numpy as np
 from cumoe import kernels, kernels_sm90
 from cumoe.arrays import FP8, as_native, dtype_name, is_device, same_place
 from cumoe.config import Activation, Array, Permutation, Quantized, check_choice
+from cumoe.custom_activation import check_twin
 from cumoe.launch import Device, KernelSpec, get_device
 from cumoe.layouts import GATE_UP_ORDERS, WEIGHT_LAYOUTS, half_slices
 from cumoe.reference import grouped_gemm as reference
@@ -58,7 +59,8 @@ def grouped_gemm(
 
     ``y[i] = x[source(i)] @ weight[e(i)].T`` for the valid rows i of the permutation, where
     ``source(i)`` is ``token_idx[i]`` with `gather` and i without. With `gate_up_order` the matrix
-    holds gate and up rows and ``y[i] = act(x[source(i)] @ gate.T, x[source(i)] @ up.T)``.
+    holds gate and up rows and ``y[i] = act(x[source(i)] @ gate.T, x[source(i)] @ up.T)``; with an
+    activation that has no gate, ``y[i] = act(x[source(i)] @ weight[e(i)].T)``.
 
     Parameters
     ----------
@@ -71,17 +73,16 @@ def grouped_gemm(
     permutation : Permutation
         From :func:`group`; on a device its ``tile`` must be a height the kernels have: 16, 32, 64,
         or 128 for 16-bit types; on Hopper also ``tuning.sm90_tiles()`` for fp8 with fp8 output
-        (with `gate_up_order`) or bfloat16 output (without).
+        (with `gate_up_order`) or bfloat16 output (without, and without an activation).
     gather : bool
         Rows of x are tokens rather than permuted rows.
     gate_up_order : {"gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved"}, optional
         Applies the activation; the result then has ``n / 2`` columns.
     activation : Activation, optional
-        With `gate_up_order`; by default plain SwiGLU.
+        With `gate_up_order` one with a gate, by default plain SwiGLU; without, one without.
     layout : {"major_k", "block_major_k"}
     out_dtype : {"bfloat16", "float16", "float32", "float8_e4m3fn"}
-        ``"float8_e4m3fn"`` (with `gate_up_order`) requantises with one scale per row and 128
-        columns.
+        ``"float8_e4m3fn"`` (with an activation) requantises with one scale per row and 128 columns.
     out : array or Quantized, optional
     config : GroupedGemmConfig or Sm90Config, optional
         Chooses the kernel and its configuration instead of :func:`cumoe.tuning.select_gemm`.
@@ -99,7 +100,8 @@ def grouped_gemm(
     Notes
     -----
     float32 accumulation; fp8 products are summed per 128 of k, then scaled and added; one rounding
-    at the end. Bitwise repeatable. Queued on the current stream.
+    at the end. Bitwise repeatable. Queued on the current stream; the first use of a user's
+    activation on a device waits for a comparison with its twin.
 
     References
     ----------
@@ -109,15 +111,23 @@ def grouped_gemm(
     check_choice("layout", layout, WEIGHT_LAYOUTS)
     check_choice("out_dtype", out_dtype, (*FLOATS, FP8))
     check_type("gather", gather, bool, "a bool")
-    if gate_up_order is not None:
+    gated = gate_up_order is not None
+    if gated:
         check_choice("gate_up_order", gate_up_order, GATE_UP_ORDERS)
-    elif activation is not None:
-        raise ValueError("activation: expected None without gate_up_order")
+    if gated or activation is not None:
+        kind = check_activation(activation)
+        if kind.gated != gated:
+            expected = "one without a gate or None without" if kind.gated else "a gated one with"
+            raise ValueError(f"activation: expected {expected} gate_up_order, got {kind.name!r}")
     elif out_dtype == FP8:
-        raise ValueError("out_dtype: 'float8_e4m3fn' needs gate_up_order, got None")
+        raise ValueError(
+            "out_dtype: 'float8_e4m3fn' needs gate_up_order or an activation without a gate, "
+            "got neither"
+        )
     a, a_scale = check_rows(x, "x", HALVES)
     num_local = permutation.tokens_per_expert.shape[0]
-    operand = _check_weight(weight, a, a_scale, num_local, layout, gate_up_order)
+    activated = gated or activation is not None
+    operand = _check_weight(weight, a, a_scale, num_local, layout, gate_up_order, activated)
     if not gather and a.shape[0] != permutation.max_rows:
         raise ValueError(f"x: expected {permutation.max_rows} permuted rows, got {a.shape[0]}")
     act = check_activation(activation, num_local)
@@ -137,14 +147,15 @@ def grouped_gemm(
         **activation_arrays(act),
     }
     same_place(inputs)
-    n = operand.num_rows // (1 if gate_up_order is None else 2)
+    n = operand.num_rows // (2 if gated else 1)
     shape = (permutation.max_rows, n)
     problem = GroupedGemmProblem(
         FP8 if a_scale is not None else dtype_name(a),
         out_dtype,
-        gate_up_order is not None,
+        gated,
         gather,
         permutation.tile,
+        activation is not None and not gated,
     )
     if is_device(a):
         config = _check_config(config, problem, get_device(a.device.id))
@@ -153,6 +164,7 @@ def grouped_gemm(
     if is_device(a):
         assert config is not None
         if y.size:
+            check_twin(act, a)
             launch = plan_gemm(a, a_scale, operand, y, y_scale, permutation, problem, config, act)
             kernels.run([launch], a)
     else:
@@ -167,11 +179,17 @@ def grouped_gemm(
     return y if y_scale is None else Quantized(y, y_scale)
 
 
-def gemm_spec(problem: GroupedGemmProblem, config: GroupedGemmConfig | Sm90Config) -> KernelSpec:
-    """Return the kernel that a configuration stands for."""
+def gemm_spec(
+    problem: GroupedGemmProblem,
+    config: GroupedGemmConfig | Sm90Config,
+    activation: Activation | None = None,
+) -> KernelSpec:
+    """Return the kernel that a configuration and an activation, swiglu by default, stand for."""
     if isinstance(config, Sm90Config):
-        return kernels_sm90.grouped_gemm_spec(config, gated=problem.gated, gather=problem.gather)
-    return kernels.grouped_gemm_spec(problem, config)
+        spec = kernels_sm90.grouped_gemm_spec(config, gated=problem.gated, gather=problem.gather)
+    else:
+        spec = kernels.grouped_gemm_spec(problem, config)
+    return spec if activation is None else kernels.with_activation(spec, activation)
 
 
 def plan_gemm(
@@ -191,10 +209,12 @@ def plan_gemm(
             a, a_scale, operand, out, out_scale, permutation, problem, config, activation
         )
     num_sms = get_device(int(a.device.id)).num_sms
-    return kernels_sm90.grouped_gemm(
+    launch = kernels_sm90.grouped_gemm(
         a, a_scale, operand, out, out_scale, permutation, config, activation, num_sms,
         gather=problem.gather,
     )  # fmt: skip
+    launch.spec = kernels.with_activation(launch.spec, activation)
+    return launch
 
 
 def _check_config(
@@ -220,6 +240,7 @@ def _check_weight(
     num_local: int,
     layout: str,
     gate_up_order: str | None,
+    activated: bool,
 ) -> kernels.GemmOperand:
     """Return the weight as the kernel addresses it, checked against the left operand."""
     if (a_scale is not None) != isinstance(weight, Quantized):
@@ -249,7 +270,9 @@ def _check_weight(
     check_multiple("weight", "k", k, 16 // values.dtype.itemsize)
     gated = gate_up_order is not None
     # A result that is fp8 rows is written, and read by the next GEMM, in 16-byte pieces too.
-    check_multiple("weight", "n", num_rows, 8 if not gated else 16 if a_scale is None else 32)
+    sides = 2 if gated else 1
+    granule = 16 if a_scale is not None and activated else 8
+    check_multiple("weight", "n", num_rows, sides * granule)
     scale = None
     if isinstance(weight, Quantized):
         if weight.block != (128, 128):
@@ -300,7 +323,13 @@ def _on_host(
         return gate, up
 
     if problem.gated:
-        y = reference.gated_gemm(wide, permutation, gate_up, n, activation, gather=problem.gather)
+        y = reference.activated_gemm(
+            wide, permutation, gate_up, n, activation, gather=problem.gather
+        )
+    elif problem.activated:
+        y = reference.activated_gemm(
+            wide, permutation, lambda e: (None, natural(e)), n, activation, gather=problem.gather
+        )
     else:
         y = reference.grouped_gemm(wide, permutation, natural, n, gather=problem.gather)
     return reference.round_rows(y, problem.output_dtype)

@@ -6,7 +6,6 @@ structs are in ``params.py``. Nothing here validates or allocates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from cumoe.arrays import address, dtype_name, place_of
 from cumoe.config import Activation, Array, Permutation, Routing, RoutingMethod
+from cumoe.formulas import PARAMETERS
 from cumoe.launch import (
     Device,
     KernelSpec,
@@ -110,14 +110,19 @@ def scale_strides(scale: Array | None) -> tuple[int, int]:
 
 def activation_fields(activation: Activation) -> dict[str, Any]:
     """Return the ActivationParams of activation.cuh."""
-    fields: dict[str, Any] = {}
-    for name, default in (("alpha", 1.0), ("beta", 0.0), ("limit", math.inf)):
-        value = getattr(activation, name)
-        if value is not None and hasattr(value, "shape"):
-            fields[name] = {"values": value}
-        else:
-            fields[name] = {"value": default if value is None else value}
-    return fields
+    given = {name: activation.value(name) for name in PARAMETERS}
+    return {
+        name: {"values" if hasattr(value, "shape") else "value": value}
+        for name, value in given.items()
+    }
+
+
+def with_activation(spec: KernelSpec, activation: Activation) -> KernelSpec:
+    """Return a kernel of activation.cuh compiled for an activation; swiglu is the default there."""
+    if activation.name == "swiglu":
+        return spec
+    define = ("ACTIVATION", activation.definition.cuda)
+    return replace(spec, defines=(*spec.defines, define))
 
 
 def routing_spec(routing: Routing, logits_dtype: str, bias_dtype: str | None) -> KernelSpec:
@@ -297,59 +302,6 @@ def quantize_fp8_weights(w: Array, values: Array, scale: Array) -> Launch:
     )
 
 
-def swiglu(
-    x: Array,
-    x_scale: Array | None,
-    y: Array,
-    y_scale: Array | None,
-    *,
-    gate_first: bool,
-    interleaved: bool,
-    activation: Activation,
-    permutation: Permutation | None,
-) -> Launch:
-    """Launch for the activation of (num_rows, 2 * intermediate_size)."""
-    num_rows, width = x.shape
-    intermediate_size = width // 2
-    spec = KernelSpec(
-        "swiglu",
-        (
-            ("INPUT_TYPE", TYPES[dtype_name(x)]),
-            ("OUTPUT_TYPE", TYPES[dtype_name(y)]),
-            ("INTERLEAVED", int(interleaved)),
-        ),
-    )
-    units = num_rows * blocks(intermediate_size)
-    x_row, x_block = scale_strides(x_scale)
-    y_row, y_block = scale_strides(y_scale)
-    per_expert: dict[str, Any] = {}
-    if permutation is not None:
-        per_expert = {
-            "expert_offsets": permutation.expert_offsets,
-            "token_idx": permutation.token_idx,
-            "num_local": permutation.tokens_per_expert.shape[0],
-        }
-    return make(
-        spec,
-        (min(-(-units // 16), 1 << 16), 1, 1),
-        256,
-        x=x,
-        x_scale=x_scale,
-        y=y,
-        y_scale=y_scale,
-        x_scale_row_stride=x_row,
-        x_scale_block_stride=x_block,
-        y_scale_row_stride=y_row,
-        y_scale_block_stride=y_block,
-        num_rows=num_rows,
-        intermediate_size=intermediate_size,
-        num_blocks=blocks(intermediate_size),
-        gate_first=int(gate_first),
-        activation=activation_fields(activation),
-        **per_expert,
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class GemmOperand:
     """A grouped GEMM's weight as the kernel addresses it.
@@ -408,6 +360,7 @@ def grouped_gemm_spec(problem: GroupedGemmProblem, config: GroupedGemmConfig) ->
             ("TYPE", TYPES[problem.dtype]),
             ("OUTPUT_TYPE", TYPES[problem.output_dtype]),
             ("GATED", int(problem.gated)),
+            ("ACTIVATED", int(problem.gated or problem.activated)),
             ("GATHER", int(problem.gather)),
             ("BLOCK_M", config.block_m),
             ("BLOCK_N", config.block_n),
@@ -435,7 +388,7 @@ def grouped_gemm(
     a_row, a_block = scale_strides(a_scale)
     out_row, out_block = scale_strides(out_scale)
     return make(
-        grouped_gemm_spec(problem, config),
+        with_activation(grouped_gemm_spec(problem, config), activation),
         (permutation.max_tiles * column_tiles, 1, 1),
         config.num_threads,
         smem_bytes=smem_bytes(config, problem),

@@ -22,6 +22,7 @@ from cumoe.config import (
     TopK,
     check_int,
 )
+from cumoe.custom_activation import check_twin
 from cumoe.launch import get_device
 from cumoe.routing import check_logits
 from cumoe.tuning import (
@@ -67,8 +68,9 @@ class LayerSpec:
         return self.weights.recipe == "fp8_block"
 
     def runs_sm90(self, arch: str) -> bool:
-        """Whether the GEMMs are Hopper's own on a device of this architecture."""
-        return self.fp8 and arch == SM90_ARCH and not self.portable
+        """Whether both GEMMs are Hopper's own on a device of this architecture."""
+        gated = self.activation.gated
+        return self.fp8 and arch == SM90_ARCH and gated and not self.portable
 
     def tiles(self, arch: str) -> tuple[int, ...]:
         """Return the row tile heights that the GEMMs have on an architecture."""
@@ -138,10 +140,17 @@ def check_layer(
             f"got {held}"
         )
     act = check_activation(activation, held)
+    if act.gated != weights.gated:
+        needed = "gate and up rows" if act.gated else "gate_up_order 'up'"
+        raise ValueError(
+            f"activation: {act.name!r} needs weights with {needed}, got gate_up_order "
+            f"{weights.gate_up_order!r}"
+        )
     same_place({"weights": weights.w13, **activation_arrays(act)})
     spec = LayerSpec(weights, routing, experts, shared, local, act)
     if weights.is_device:
         device = get_device(int(weights.w13.device.id))
+        check_twin(act, weights.w13)
         gemm_configs(spec, spec.tiles(device.arch)[-1], device.arch, device.max_smem_bytes)
     return spec
 
@@ -212,9 +221,9 @@ def gemm_configs(
     spec: LayerSpec, tile: int, arch: str, max_smem_bytes: int
 ) -> list[tuple[GroupedGemmProblem, GroupedGemmConfig | Sm90Config]]:
     """Return problem and configuration of the two GEMMs."""
-    dtype = str(spec.weights.dtype)
+    dtype, gated = str(spec.weights.dtype), spec.activation.gated
     problems = (
-        GroupedGemmProblem(dtype, FP8 if spec.fp8 else "bfloat16", True, True, tile),
+        GroupedGemmProblem(dtype, FP8 if spec.fp8 else "bfloat16", gated, True, tile, not gated),
         GroupedGemmProblem(dtype, "bfloat16", False, False, tile),
     )
     return [

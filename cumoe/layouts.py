@@ -37,8 +37,7 @@ GateUpOrder = Literal["gate_up", "up_gate", "gate_up_interleaved", "up_gate_inte
 
 WeightLayout = Literal["major_k", "block_major_k"]
 """``"major_k"``: (num_experts, m, k). ``"block_major_k"``: (num_experts, k / bk, m, bk) where bk
-elements are 128 bytes, ``blocked[e, b, i, j] = w[e, i, b * bk + j]``.
-"""
+elements are 128 bytes, ``blocked[e, b, i, j] = w[e, i, b * bk + j]``."""
 
 GATE_UP_ORDERS: tuple[str, ...] = get_args(GateUpOrder)
 WEIGHT_LAYOUTS: tuple[str, ...] = get_args(WeightLayout)
@@ -75,7 +74,9 @@ def on_device_of(x: Array) -> AbstractContextManager[Any]:
 
 
 def half_slices(order: str, intermediate_size: int) -> tuple[slice, slice]:
-    """Return the rows of the gate half and of the up half of w13."""
+    """Return the rows of the gate half and of the up half of w13; the same rows for ``"up"``."""
+    if order == "up":
+        return slice(None), slice(None)
     if order.endswith("_interleaved"):
         first, second = slice(0, None, 2), slice(1, None, 2)
     else:

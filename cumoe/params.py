@@ -68,13 +68,13 @@ PARAMS: dict[str, np.dtype] = {
         *_fields(_I64, "input_expert_stride values_expert_stride scale_expert_stride"),
         *_fields(_I32, "n k"),
     ),
-    "swiglu": _struct(
+    "activation": _struct(
         *_fields(_POINTER, "x x_scale y y_scale"),
         *_fields(_I64, "x_scale_row_stride x_scale_block_stride"),
         *_fields(_I64, "y_scale_row_stride y_scale_block_stride"),
-        *_fields(_POINTER, "expert_offsets token_idx"),
-        ("num_rows", _I64),
-        *_fields(_I32, "num_local intermediate_size num_blocks gate_first"),
+        *_fields(_POINTER, "num_held_rows token_idx tile_expert"),
+        *_fields(_I32, "num_rows tile intermediate_size num_blocks first_half"),
+        *_fields(_I32, "group_step block_step zero"),
         ("activation", _ACTIVATION),
     ),
     "finalize": _struct(

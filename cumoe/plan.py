@@ -182,19 +182,19 @@ def operands(weights: ExpertWeights) -> tuple[kernels.GemmOperand, kernels.GemmO
     """Return w13 and w2 as the grouped GEMM addresses them."""
     hidden, intermediate = weights.hidden_size, weights.intermediate_size
     blocked = weights.layout == "block_major_k"
-    order = str(weights.gate_up_order)
+    order, rows = (
+        (weights.gate_up_order, 2 * intermediate) if weights.gated else (None, intermediate)
+    )
     return (
-        kernels.GemmOperand(
-            weights.w13, weights.w13_scale, 2 * intermediate, hidden, blocked, order
-        ),
+        kernels.GemmOperand(weights.w13, weights.w13_scale, rows, hidden, blocked, order),
         kernels.GemmOperand(weights.w2, weights.w2_scale, hidden, intermediate, blocked),
     )
 
 
 def gemm_specs(spec: LayerSpec, tile: int, arch: str) -> list[KernelSpec]:
     """Return the kernels of the two GEMMs for a tile height on an architecture."""
-    configs = gemm_configs(spec, tile, arch, smem_limit(arch))
-    return [gemm_spec(problem, config) for problem, config in configs]
+    (first, config1), (second, config2) = gemm_configs(spec, tile, arch, smem_limit(arch))
+    return [gemm_spec(first, config1, spec.activation), gemm_spec(second, config2)]
 
 
 def expert_buffers(

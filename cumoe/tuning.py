@@ -31,6 +31,8 @@ class GroupedGemmProblem:
         Rows of the left operand are read through the permutation.
     tile : int
         Tile height of the permutation.
+    activated : bool
+        The epilogue is an activation without a gate.
     """
 
     dtype: str
@@ -38,6 +40,7 @@ class GroupedGemmProblem:
     gated: bool
     gather: bool
     tile: int
+    activated: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def why_illegal(
     if not 32 <= config.num_threads <= 1024:
         return f"{config.num_threads} threads: expected 32 to 1024"
     fp8 = problem.dtype == "float8_e4m3fn"
-    if problem.output_dtype == "float8_e4m3fn" and not (problem.gated and config.block_n == 128):
+    activated = problem.gated or problem.activated
+    if problem.output_dtype == "float8_e4m3fn" and not (activated and config.block_n == 128):
         return "fp8 output needs the activation epilogue and block_n = 128"
     if fp8 and 128 % config.block_n:
         return f"block_n = {config.block_n} does not divide a scale block (128)"
@@ -211,7 +215,8 @@ def runs_sm90(problem: GroupedGemmProblem) -> bool:
     """Tell whether ``sm90_fp8_grouped_gemm`` runs a problem: those of a layer's two GEMMs."""
     output = "float8_e4m3fn" if problem.gated else "bfloat16"
     fp8 = problem.dtype == "float8_e4m3fn"
-    return fp8 and problem.output_dtype == output and problem.tile in sm90_tiles()
+    runs = fp8 and problem.output_dtype == output and problem.tile in sm90_tiles()
+    return runs and not problem.activated
 
 
 def select_gemm(

@@ -6,6 +6,7 @@ Everything here runs before anything is launched or written; only results are al
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from cumoe.arrays import (
@@ -29,6 +30,7 @@ from cumoe.config import (
     TopK,
     check_int,
 )
+from cumoe.formulas import PARAMETERS
 
 FLOATS = ("bfloat16", "float16", "float32")
 HALVES = ("bfloat16", "float16")
@@ -119,26 +121,25 @@ def check_permutation(permutation: Any) -> Permutation:
     return Permutation(**arrays, tile=tile)
 
 
-def check_activation(activation: Any, num_local_experts: int) -> Activation:
-    """Return an activation whose per-expert parameters are checked native arrays."""
+def check_activation(activation: Any, num_local_experts: int | None = None) -> Activation:
+    """Return an activation, with a number of experts one whose parameters are checked arrays."""
     if activation is None:
         return Activation()
     check_type("activation", activation, Activation, "an Activation or None")
     native = {}
-    for field in ("alpha", "beta", "limit"):
+    for field in PARAMETERS if num_local_experts is not None else ():
         value = getattr(activation, field)
         if value is not None and hasattr(value, "shape"):
-            native[field] = as_native(
+            value = as_native(
                 value, f"activation.{field}", ("float32",), shape=(num_local_experts,)
             )
-        else:
-            native[field] = value
-    return Activation(activation.name, **native)
+        native[field] = value
+    return replace(activation, **native)
 
 
 def activation_arrays(activation: Activation) -> dict[str, Array | None]:
     """Return the per-expert arrays of an activation by argument name."""
-    fields = {f"activation.{f}": getattr(activation, f) for f in ("alpha", "beta", "limit")}
+    fields = {f"activation.{f}": getattr(activation, f) for f in PARAMETERS}
     return {name: x if hasattr(x, "shape") else None for name, x in fields.items()}
 
 

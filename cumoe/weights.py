@@ -29,11 +29,12 @@ from cumoe.checkpoint import (
     PAYLOAD_DTYPES,
     ROW_ALIGNMENT_BYTES,
     SCALE_BLOCK,
-    WEIGHT_RECIPES,
+    W13Order,
     WeightRecipe,
     check_order,
     check_sizes,
     fill_from_experts,
+    find_recipe,
     num_blocks,
     scale_blocks,
     widen,
@@ -41,7 +42,6 @@ from cumoe.checkpoint import (
 from cumoe.config import Array, ExpertShard, check_choice, check_int
 from cumoe.layouts import (
     WEIGHT_LAYOUTS,
-    GateUpOrder,
     WeightLayout,
     block_elems,
     check_weight,
@@ -67,7 +67,7 @@ class ExpertWeights:
     Parameters
     ----------
     w13 : array, bfloat16 or float8_e4m3fn, shape (num_experts, 2 * intermediate_size, hidden_size)
-        Gate and up. C-contiguous. In ``"block_major_k"``
+        Gate and up; half the rows without a gate. C-contiguous. In ``"block_major_k"``
         ``(num_experts, hidden_size / bk, 2 * intermediate_size, bk)``. An fp8 payload may be uint8.
     w2 : array, dtype of w13, shape (num_experts, hidden_size, intermediate_size)
         Down. C-contiguous. In ``"block_major_k"``
@@ -78,8 +78,8 @@ class ExpertWeights:
         that `gate_up_order` names first, interleaved or not.
     w2_scale : array, float32, shape (num_experts, blocks(hidden_size), blocks(intermediate_size))
         Required with an fp8 payload.
-    gate_up_order : {"gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved"}
-        Order of w13's rows; required, since no shape tells it.
+    gate_up_order : {"gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved", "up"}
+        Order of w13's rows; required, since no shape tells it. ``"up"``: there is no gate.
     layout : {"major_k", "block_major_k"}
     recipe : {"bf16", "fp8_block"}, optional
         By default what the scales say.
@@ -111,7 +111,7 @@ class ExpertWeights:
     w13_scale: Array | None = None
     w2_scale: Array | None = None
     _: KW_ONLY
-    gate_up_order: GateUpOrder | None = None
+    gate_up_order: W13Order | None = None
     layout: WeightLayout = "major_k"
     recipe: WeightRecipe | None = None
     dtype: str | None = None
@@ -120,7 +120,8 @@ class ExpertWeights:
         set_ = object.__setattr__
         check_order(self.gate_up_order)
         check_choice("layout", self.layout, WEIGHT_LAYOUTS)
-        recipe = _find_recipe(self)
+        scales = {"w13_scale": self.w13_scale, "w2_scale": self.w2_scale}
+        recipe = find_recipe(self.recipe, self.w13, scales)
         set_(self, "recipe", recipe)
         dtype = PAYLOAD_DTYPES[recipe]
         if self.dtype not in (None, dtype):
@@ -132,7 +133,7 @@ class ExpertWeights:
             set_(self, name, x)
         if recipe == "fp8_block":
             rows, columns = num_blocks(self.intermediate_size), num_blocks(self.hidden_size)
-            grids = {"w13_scale": (2 * rows, columns), "w2_scale": (columns, rows)}
+            grids = {"w13_scale": (self._sides * rows, columns), "w2_scale": (columns, rows)}
             for name, grid in grids.items():
                 shape = (self.num_local_experts, *grid)
                 set_(self, name, as_native(getattr(self, name), name, ("float32",), shape=shape))
@@ -162,7 +163,16 @@ class ExpertWeights:
     @property
     def intermediate_size(self) -> int:
         """Rows of gate, and of up."""
-        return int(self.w13.shape[self.w13.ndim - 2]) // 2
+        return int(self.w13.shape[self.w13.ndim - 2]) // self._sides
+
+    @property
+    def gated(self) -> bool:
+        """Whether w13 holds gate rows beside the up rows."""
+        return self.gate_up_order != "up"
+
+    @property
+    def _sides(self) -> int:
+        return 2 if self.gated else 1
 
     @property
     def is_device(self) -> bool:
@@ -175,7 +185,7 @@ class ExpertWeights:
         return sum(int(x.nbytes) for x in self._arrays().values() if x is not None)
 
     def convert(
-        self, *, layout: WeightLayout | None = None, gate_up_order: GateUpOrder | None = None
+        self, *, layout: WeightLayout | None = None, gate_up_order: W13Order | None = None
     ) -> ExpertWeights:
         """Return the same weights in another layout or gate/up order.
 
@@ -185,24 +195,29 @@ class ExpertWeights:
         Raises
         ------
         ValueError
-            If a choice is unknown, or a size is no multiple of the 128-byte block of
-            ``"block_major_k"``.
+            If a choice is unknown, only one order has a gate, or a size is no multiple of the
+            128-byte block of ``"block_major_k"``.
         """
         layout = self.layout if layout is None else layout
         check_choice("layout", layout, WEIGHT_LAYOUTS)
         check_sizes(self.hidden_size, self.intermediate_size, str(self.dtype), layout)
         source = check_order(self.gate_up_order)
         target = source if gate_up_order is None else check_order(gate_up_order)
-        rows = gate_up_indices(2 * self.intermediate_size, source, target)
         changes: dict[str, Any] = {"gate_up_order": target, "layout": layout}
+        rows = None
+        if target != source:
+            if source == "up" or target == "up":
+                raise ValueError(
+                    f"gate_up_order: expected {source!r} or another order "
+                    f"{'with' if self.gated else 'without'} a gate, got {target!r}"
+                )
+            rows = gate_up_indices(2 * self.intermediate_size, source, target)
+            if self.w13_scale is not None and source[:2] != target[:2]:
+                changes["w13_scale"] = convert_gate_up_scale(self.w13_scale, source, target)
         if target != source or layout != self.layout:
-            changes["w13"] = rearrange(
-                self.w13, rows=None if target == source else rows, layout=layout, name="w13"
-            )
+            changes["w13"] = rearrange(self.w13, rows=rows, layout=layout, name="w13")
         if layout != self.layout:
             changes["w2"] = rearrange(self.w2, layout=layout, name="w2")
-        if self.w13_scale is not None and source.startswith("gate") != target.startswith("gate"):
-            changes["w13_scale"] = convert_gate_up_scale(self.w13_scale, source, target)
         return replace(self, **changes)
 
     def slice_experts(self, start: int, stop: int) -> ExpertWeights:
@@ -244,7 +259,8 @@ class ExpertWeights:
                     f"layout {self.layout!r}, got {end}"
                 )
         check_sizes(self.hidden_size, stop - start, str(self.dtype), self.layout)
-        rows, old = np.empty(2 * (stop - start), np.int64), np.arange(2 * size)
+        sides = self._sides
+        rows, old = np.empty(sides * (stop - start), np.int64), np.arange(sides * size)
         for to, of in zip(half_slices(order, stop - start), half_slices(order, size), strict=True):
             rows[to] = old[of][start:stop]
         changes: dict[str, Any] = {
@@ -253,7 +269,7 @@ class ExpertWeights:
         }
         if self.w13_scale is not None:
             first, last, half = start // SCALE_BLOCK, num_blocks(stop), num_blocks(size)
-            block_rows = np.r_[first:last, half + first : half + last]
+            block_rows = np.add.outer(half * np.arange(sides), np.r_[first:last]).ravel()
             changes["w13_scale"] = rearrange(self.w13_scale, rows=block_rows, name="w13_scale")
             changes["w2_scale"] = slice_k(self.w2_scale, first, last)
         return replace(self, **changes)
@@ -319,12 +335,13 @@ class ExpertWeights:
                 parts[name] = words(x).get().view(dtype)
         return replace(self, **parts)
 
-    def dequantize_expert(self, expert: int) -> tuple[Array, Array, Array]:
+    def dequantize_expert(self, expert: int) -> tuple[Array | None, Array, Array]:
         """Return one expert's matrices as float32 in natural order.
 
         Returns
         -------
         gate, up : array, float32, shape (intermediate_size, hidden_size)
+            `gate` is None where there is none.
         down : array, float32, shape (hidden_size, intermediate_size)
             Exact for bf16; ``payload * scale`` rounded once to float32 for fp8.
 
@@ -339,12 +356,12 @@ class ExpertWeights:
             w13, down = widen(self.w13[expert]), widen(self.w2[expert])
             gate, up = (w13[rows].copy() for rows in half_slices(order, size))
             if self.w13_scale is not None and self.w2_scale is not None:
-                scales = self.w13_scale[expert].reshape(2, -1, self.w13_scale.shape[2])
-                first = 0 if order.startswith("gate") else 1
+                scales = self.w13_scale[expert].reshape(self._sides, -1, self.w13_scale.shape[2])
+                first = -1 if order.startswith("up") else 0
                 scale_blocks(gate, scales[first])
-                scale_blocks(up, scales[1 - first])
+                scale_blocks(up, scales[-1 - first])
                 scale_blocks(down, self.w2_scale[expert])
-        return gate, up, down
+        return gate if self.gated else None, up, down
 
     @classmethod
     def from_experts(
@@ -354,7 +371,7 @@ class ExpertWeights:
         down: Any,
         *,
         recipe: WeightRecipe = "fp8_block",
-        gate_up_order: GateUpOrder = "gate_up",
+        gate_up_order: W13Order = "gate_up",
         layout: WeightLayout = "major_k",
         num_experts: int | None = None,
     ) -> ExpertWeights:
@@ -364,7 +381,8 @@ class ExpertWeights:
         ----------
         gate, up : array or iterable of arrays, bfloat16, float16 or float32
             Stacked ``(num_experts, intermediate_size, hidden_size)``, or one
-            ``(intermediate_size, hidden_size)`` matrix per expert, shared experts last.
+            ``(intermediate_size, hidden_size)`` matrix per expert, shared experts last. `gate` is
+            None with order ``"up"``.
         down : array or iterable of arrays
             ``(num_experts, hidden_size, intermediate_size)``, or one
             ``(hidden_size, intermediate_size)`` matrix per expert.
@@ -457,22 +475,6 @@ class ExpertWeights:
         return replace(raw, **changes)
 
 
-def _find_recipe(weights: ExpertWeights) -> str:
-    """Return the stated recipe, or the one that the arrays imply, once the scales agree with it."""
-    scales = {"w13_scale": weights.w13_scale, "w2_scale": weights.w2_scale}
-    recipe: str | None = weights.recipe
-    if recipe is None:
-        fp8 = dtype_name(weights.w13) in (FP8, "uint8")
-        recipe = "fp8_block" if fp8 or any(s is not None for s in scales.values()) else "bf16"
-    check_choice("recipe", recipe, WEIGHT_RECIPES)
-    for name, scale in scales.items():
-        if recipe == "fp8_block" and scale is None:
-            raise ValueError(f"{name}: expected float32 block scales of an fp8 payload, got None")
-        if recipe == "bf16" and scale is not None:
-            raise ValueError(f"{name}: expected None with recipe 'bf16', got an array")
-    return recipe
-
-
 def _native_payloads(weights: ExpertWeights, dtype: str) -> dict[str, Array]:
     """Return w13 and w2 as native arrays once their shapes agree and kernels can read them."""
     blocked = weights.layout == "block_major_k"
@@ -483,9 +485,10 @@ def _native_payloads(weights: ExpertWeights, dtype: str) -> dict[str, Array]:
     w13 = payloads["w13"]
     num_experts, num_rows = int(w13.shape[0]), int(w13.shape[-2])
     hidden_size = int(w13.shape[1] * w13.shape[3] if blocked else w13.shape[2])
-    if num_rows % 2:
+    sides = 2 if weights.gated else 1
+    if num_rows % sides:
         raise ValueError(f"w13: expected an even number of gate and up rows, got {num_rows}")
-    size, bk = num_rows // 2, block_elems(w13)
+    size, bk = num_rows // sides, block_elems(w13)
     check_sizes(hidden_size, size, dtype, weights.layout)
     check_int("num_local_experts", num_experts, 0, MAX_LOCAL_EXPERTS)
     w2_shape = (size // bk, hidden_size, bk) if blocked else (hidden_size, size)

@@ -165,7 +165,12 @@ CASES += refusals(
 
 CASES += refusals(
     "Activation",
-    (VALUE, r"activation: expected one of \['swiglu'\], got 'gelu'", dict(name="gelu")),
+    (VALUE, r"activation: expected one of \['swiglu', .*\], got 'gelu'", dict(name="gelu")),
+    (VALUE, "activation.alpha: expected None, since 'geglu' takes no parameter",
+     dict(name="geglu", alpha=1.0)),
+    (VALUE, "activation.limit: expected None, since 'relu2' takes no parameter",
+     dict(name="relu2", limit=1.0)),
+    (VALUE, "activation.beta: expected a nonzero number, got 0", dict(name="situ", beta=0)),
     (VALUE, "activation.alpha: expected a finite number, got nan", dict(alpha=float("nan"))),
     (VALUE, "activation.beta: expected a finite number, got inf", dict(beta=float("inf"))),
     (VALUE, "activation.limit: expected a positive number, got 0", dict(limit=0.0)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cumoe import ExpertShard, PackedTopK, Quantized, Routing, TopK
+from cumoe import Activation, ExpertShard, PackedTopK, Quantized, Routing, TopK
 from cumoe.tuning import GroupedGemmConfig
 from tests.bad_input_cases import (
     ONLY_CUPY,
@@ -36,13 +36,19 @@ from tests.bad_input_cases import (
 CASES: list[Case] = []
 
 CASES += refusals(
-    "swiglu",
+    "activate",
     (TYPE, "gate_up_order: expected one of .*, got NoneType", dict(gate_up_order=None)),
     (VALUE, "gate_up_order: expected one of .*, got 'interleaved'",
      dict(gate_up_order="interleaved")),
     (VALUE, "x: expected 2 dimensions, got 1", dict(x=zeros(2 * I))),
     (VALUE, r"x: expected 2 \* intermediate_size columns, got 255", dict(x=zeros(T, 255))),
     (VALUE, "x: expected intermediate_size to be a multiple of 8 .*, got 12", dict(x=zeros(T, 24))),
+    (VALUE, "x: expected intermediate_size to be a multiple of 16 .*, got 24",
+     dict(x=zeros(T, 48), out_dtype="float8_e4m3fn")),
+    (VALUE, "gate_up_order: expected None, since 'relu2' has no gate, got 'gate_up'",
+     dict(activation=Activation("relu2"))),
+    (VALUE, "x: expected intermediate_size columns, got 0",
+     dict(x=zeros(T, 0), gate_up_order=None, activation=Activation("silu"))),
     (TYPE, "x: expected dtype bfloat16 or float16 or float32, got int32",
      dict(x=of_dtype("int32"))),
     (VALUE, "x: expected a C-contiguous array", dict(x=transposed)),
@@ -105,9 +111,12 @@ CASES += refusals(
     (VALUE, "weight: expected blocks of 64 elements, got 128",
      dict(layout="block_major_k", weight=zeros(E, 2, 2 * I, 128))),
     (VALUE, "gate_up_order: expected one of .*, got 'both'", dict(gate_up_order="both")),
-    (VALUE, "activation: expected None without gate_up_order",
+    (VALUE, "activation: expected one without a gate or None without gate_up_order, got 'swiglu'",
      dict(gate_up_order=None, activation=lambda x, new: new.activation(E))),
-    (VALUE, "out_dtype: 'float8_e4m3fn' needs gate_up_order, got None",
+    (VALUE, "activation: expected a gated one with gate_up_order, got 'silu'",
+     dict(activation=Activation("silu"))),
+    (TYPE, "activation: expected an Activation or None, got str", dict(activation="silu")),
+    (VALUE, "out_dtype: 'float8_e4m3fn' needs gate_up_order or an activation without a gate",
      dict(gate_up_order=None, out_dtype="float8_e4m3fn")),
     (VALUE, "out_dtype: expected one of .*, got 'int8'", dict(out_dtype="int8")),
     (VALUE, r"activation.alpha: expected shape \(8,\), got \(9,\)",
@@ -206,6 +215,8 @@ CASES += refusals(
     (VALUE, "weights: expected 4 routed and 1 shared experts, got 9",
      dict(shard=ExpertShard(4, 4))),
     (TYPE, "activation: expected an Activation or None, got str", dict(activation="swiglu")),
+    (VALUE, "activation: 'relu2' needs weights with gate_up_order 'up', got .* 'gate_up'",
+     dict(activation=Activation("relu2"))),
     (VALUE, r"activation.alpha: expected shape \(9,\), got \(8,\)",
      dict(activation=lambda x, new: new.activation(E))),
     (TYPE, "activation.alpha: expected dtype float32, got bfloat16",

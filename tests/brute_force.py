@@ -6,6 +6,7 @@ at the same rounding points. Slow and plain on purpose.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,26 @@ def swiglu(
     """Return the gated activation."""
     g = np.minimum(gate, limit)
     return g / (1 + np.exp(-alpha * g)) * (np.clip(up, -limit, limit) + beta)
+
+
+def activate(kind: str, gate: np.ndarray | None, up: np.ndarray, **values: float) -> np.ndarray:
+    """Return any built-in activation; `gate` is None or unused for those without one."""
+    if kind == "swiglu":
+        return swiglu(gate, up, **values)  # type: ignore[arg-type]
+    if kind == "situ":
+        alpha, beta = values.get("alpha", 1.0), values.get("beta", 1.0)
+        limit = values.get("limit", np.inf)
+        g, u = np.minimum(gate, limit), np.clip(up, -limit, limit)  # type: ignore[arg-type]
+        return beta * np.tanh(u / beta) * alpha * np.tanh(g / alpha) / (1 + np.exp(-g))
+    if kind == "geglu":
+        erf = np.vectorize(math.erf, otypes=[np.float64])
+        return 0.5 * gate * (1 + erf(gate / math.sqrt(2))) * up  # type: ignore[operator]
+    if kind == "geglu_tanh":
+        z = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)  # type: ignore[operator]
+        return 0.5 * gate * (1 + np.tanh(z)) * up
+    if kind == "relu2":
+        return np.where(up > 0, up, 0) ** 2
+    return up / (1 + np.exp(-up)) if kind == "silu" else up
 
 
 def _top(keys: np.ndarray, count: int) -> list[int]:
@@ -133,13 +154,17 @@ class Layer:
     order: str = "gate_up"
     layout: str = "major_k"
     activation: dict[str, Any] = field(default_factory=dict)
+    kind: str = "swiglu"
     _exact: dict[int, Matrices] = field(default_factory=dict)
 
     @property
     def weights(self) -> ExpertWeights:
         """The experts as the package stores them."""
+        gate, up, down = self.matrices
         return ExpertWeights.from_experts(
-            *self.matrices,
+            None if self.order == "up" else gate,
+            up,
+            down,
             recipe=self.recipe,  # type: ignore[arg-type]
             gate_up_order=self.order,  # type: ignore[arg-type]
             layout=self.layout,  # type: ignore[arg-type]
@@ -163,7 +188,7 @@ class Layer:
         fp8 = self.recipe == "fp8_block"
         x = quantize_row(token) if fp8 else token
         values = {n: v[local] if np.ndim(v) else v for n, v in self.activation.items()}
-        y = swiglu(gate @ x, up @ x, **values)
+        y = activate(self.kind, gate @ x, up @ x, **values)
         return round_bf16(down @ (quantize_row(y) if fp8 else round_bf16(y)))
 
     def run(

@@ -7,7 +7,7 @@ makes inputs with NumPy, hands them over with :func:`to_backend`, compares after
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -158,8 +158,8 @@ def to_backend(x: Any, backend: str) -> Any:
         payload, scale = (to_backend(a, backend) for a in (x.values, x.scale))
         return Quantized(payload, scale, block=x.block)
     if isinstance(x, Activation):
-        fields = (to_backend(getattr(x, field), backend) for field in ("alpha", "beta", "limit"))
-        return Activation(x.name, *fields)
+        fields = ("alpha", "beta", "limit")
+        return replace(x, **{f: to_backend(getattr(x, f), backend) for f in fields})
     if isinstance(x, dict):
         return {name: to_backend(value, backend) for name, value in x.items()}
     if isinstance(x, tuple):

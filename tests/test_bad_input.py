@@ -160,8 +160,8 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[Arrays], dict[str, Any]]]] 
         },
     ),
     "dequantize": (cumoe.dequantize, lambda new: {"q": new.quantized()}),
-    "swiglu": (
-        cumoe.swiglu,
+    "activate": (
+        cumoe.activate,
         lambda new: {
             "x": new.random(T, 2 * I, dtype="bfloat16"),
             "gate_up_order": "gate_up",

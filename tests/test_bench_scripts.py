@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import bench_error, bench_layer, bench_startup
+from bench import bench_activation, bench_error, bench_layer, bench_startup
 from bench.harness import Timing
 from bench.inputs import TINY, find_model, make_layer, make_weights
 from cumoe import Activation
@@ -162,6 +162,33 @@ class TestBenchLayer:
         assert "no capture" in capsys.readouterr().out
 
 
+class TestBenchActivation:
+    def test_dry_run(self, tmp_path):
+        path = tmp_path / "stages.json"
+        assert bench_activation.main(["--dry-run", "--tokens", "3", "--out", str(path)]) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert [row["variant"] for row in rows] == list(bench_activation.VARIANTS)
+        assert {(r["op"], r["model"], r["num_tokens"]) for r in rows} == {
+            ("activation", "deepseek_v3", 3)
+        }
+        by_variant = {row["variant"]: row for row in rows}
+        for variant, row_bytes in (("fp8", 4096 + 128 + 2048 + 64), ("bf16", 8192 + 2048 + 64)):
+            row = by_variant[variant]
+            assert row["num_rows"] == 24 and row["peer"] == "numpy"
+            moved = row["tbps"] * row["us"] * 1e6
+            np.testing.assert_allclose(moved, 24 * row_bytes)
+        assert by_variant["fp8 shard"]["num_rows"] < 24
+
+    def test_a_wrong_answer_is_not_timed(self, monkeypatch, capsys):
+        def broken(x, **options):
+            options["out"].scale[...] = 1.0
+
+        monkeypatch.setattr(bench_activation.cumoe, "activate", broken)
+        args = ["--dry-run", "--tokens", "2", "--variants", "bf16"]
+        assert bench_activation.main(args) == 1
+        assert "FAILED bf16 T=2: wrong answer: a scale is off" in capsys.readouterr().out
+
+
 class TestBenchStartup:
     def test_dry_run(self, tmp_path, monkeypatch):
         monkeypatch.setattr(bench_startup, "RESULTS", tmp_path / "none.json")
@@ -232,6 +259,11 @@ class TestDevice:
         assert bench_error.main(args) == 0
         assert len(json.loads(path.read_text())["rows"]) == 4
 
+    def test_activation_bench(self, tmp_path):
+        path = tmp_path / "stages.json"
+        assert bench_activation.main(["--tokens", "1", "300", "--out", str(path)]) == 0
+        assert json.loads(path.read_text())["rows"][0]["peer"] == "cupy"
+
     def test_layer_bench(self, tmp_path):
         path = tmp_path / "layer.json"
         args = ["--models", "tiny", "--tokens", "1", "70", "--repeats", "3", "--out", str(path)]
@@ -257,6 +289,6 @@ class TestDevice:
 
 
 def test_arguments_are_the_ones_the_code_reads():
-    for module in (bench_layer, bench_error, bench_startup):
+    for module in (bench_activation, bench_layer, bench_error, bench_startup):
         args = module._parser().parse_args(["--dry-run"])
         assert isinstance(args, argparse.Namespace) and args.dry_run and args.out is None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cumoe
 from cumoe.layouts import GATE_UP_ORDERS, WEIGHT_LAYOUTS
 from cumoe.weights import ExpertWeights
 from tests.weight_matrices import (
@@ -66,6 +67,40 @@ def test_fp8_block_error_is_bounded_in_every_block(
                 bound = np.maximum(np.abs(x[block]) * 2.0**-4, amax / 448 * 2.0**-10)
                 assert (np.abs(got[block] - x[block]) <= bound * (1 + 1e-6)).all()
                 assert abs(np.abs(got[block]).max() - amax) <= 1e-6 * amax
+
+
+@pytest.mark.parametrize("layout", WEIGHT_LAYOUTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_without_a_gate(rng: np.random.Generator, recipe: Any, layout: Any) -> None:
+    """w13 holds the up rows alone: those of the gated weights, from both ways to build them."""
+    gate, up, down = draw(rng, 5, 256, 384)
+    options: dict[str, Any] = {"recipe": recipe, "layout": layout}
+    gated = ExpertWeights.from_experts(gate, up, down, **options)
+    weights = ExpertWeights.from_experts(None, up, down, gate_up_order="up", **options)
+    assert not weights.gated and gated.gated
+    assert (weights.intermediate_size, weights.hidden_size) == (256, 384)
+    assert weights.nbytes < gated.nbytes
+    for e in range(5):
+        none, *got = weights.dequantize_expert(e)
+        assert none is None
+        for a, b in zip(got, gated.dequantize_expert(e)[1:], strict=True):
+            np.testing.assert_array_equal(a, b)
+    lazy = ExpertWeights.from_experts(
+        None, iter(up), iter(down), gate_up_order="up", num_experts=5, **options
+    )
+    assert_same(lazy, weights)
+    other = {"major_k": "block_major_k", "block_major_k": "major_k"}[layout]
+    changed = weights.convert(layout=other)  # type: ignore[arg-type]
+    want = ExpertWeights.from_experts(
+        None, up, down, recipe=recipe, gate_up_order="up", layout=other
+    )
+    assert_same(changed, want)
+    half = weights.slice_intermediate(128, 256)
+    np.testing.assert_array_equal(
+        half.dequantize_expert(2)[1], weights.dequantize_expert(2)[1][128:]
+    )
+    shard = weights.shard(cumoe.ExpertShard(1, 2), num_shared_experts=1)
+    np.testing.assert_array_equal(shard.dequantize_expert(2)[1], weights.dequantize_expert(4)[1])
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), F32], ids=str)
@@ -198,7 +233,10 @@ def of_sizes(size: int, hidden_size: int, **options: Any) -> Callable[[], Any]:
 BAD_VALUES: list[tuple[str, Callable[[], Any]]] = [
     ("recipe: expected one of .*, got 'fp8'", from_experts(G, G, D, recipe="fp8")),
     ("layout: expected one of .*, got 'k_major'", from_experts(G, G, D, layout="k_major")),
-    ("gate_up_order: expected one of .*, got 'up'", from_experts(G, G, D, gate_up_order="up")),
+    (
+        "gate: expected None with gate_up_order 'up', got ",
+        from_experts(G, G, D, gate_up_order="up"),
+    ),
     ("gate_up_order: expected one of .*, got None", from_experts(G, G, D, gate_up_order=None)),
     (r"up\[0\]: expected shape \(64, 128\), got \(64, 64\)", from_experts(G, G[:, :, :64], D)),
     (r"down\[0\]: expected shape \(128, 64\), got \(64, 128\)", from_experts(G, G, G)),

@@ -120,7 +120,7 @@ class TestQuantize:
         np.testing.assert_array_equal(wide, cumoe.dequantize(want))
 
 
-class TestSwiglu:
+class TestActivate:
     @pytest.mark.parametrize("out_dtype", [*FLOATS, FP8.name])
     @pytest.mark.parametrize("dtype", [*FLOATS, FP8.name])
     @pytest.mark.parametrize("size", [48, 1408])
@@ -139,8 +139,8 @@ class TestSwiglu:
         activation = Activation(alpha=1.702, beta=np.linspace(0, 1, 6, dtype=np.float32), limit=7.0)
         order = "gate_up" if dtype == FP8.name or size == 48 else "up_gate_interleaved"
         options = {"gate_up_order": order, "out_dtype": out_dtype}
-        want = cumoe.swiglu(native, activation=activation, permutation=p, **options)
-        got = cumoe.swiglu(
+        want = cumoe.activate(native, activation=activation, permutation=p, **options)
+        got = cumoe.activate(
             to_backend(native, "cupy"),
             activation=to_backend(activation, "cupy"),
             permutation=to_backend(p, "cupy"),

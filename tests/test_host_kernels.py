@@ -69,7 +69,7 @@ def test_kernel(case):
     [
         ("quantize_fp8_block", "tails"),
         ("quantize_fp8_weights", "tails"),
-        ("swiglu", "fp8 to fp8, experts"),
+        ("activation", "fp8 to fp8, experts"),
         ("sm80_grouped_gemm", "fp8 gated to fp8"),
         ("sm80_grouped_gemm", "fp8 plain"),
     ],

@@ -85,7 +85,57 @@ MUTATIONS = {
     "finalize: columns": Mutation(
         "finalize.cu", "if (column >= p.hidden_size) return;", "", case="tails"
     ),
-    "swiglu: columns": Mutation("swiglu.cu", " && column < p.intermediate_size", "", case="to fp8"),
+    "activation: columns": Mutation(
+        "activation.cu", "inside = column < p.intermediate_size", "inside = true", case="to fp8"
+    ),
+    "activation: half a lane loaded": Mutation(
+        "activation.cu", "if (first ? low : high)", "if (low)",
+        case="halves",
+    ),
+    "activation: half a lane stored": Mutation(
+        "activation.cu", "c * kElems < 8 || high", "true",
+        case="halves",
+    ),
+    "activation: rows held": Mutation(
+        "activation.cu", "*p.num_held_rows : p.num_rows", "p.num_rows : p.num_rows", case="shard"
+    ),
+    "activation: last rows": Mutation(
+        "activation.cu", "inside && row0 + r < p.num_rows", "inside"
+    ),
+    "activation: next unit": Mutation(
+        "activation.cu", "if (block >= p.num_blocks) block -= p.num_blocks, ++group;", "",
+        case="704, several rounds",
+    ),
+    "activation: 32-bit offsets": Mutation(
+        "activation.cu",
+        "row0 * (kSides * half_bytes)",
+        "row0 * static_cast<unsigned>(kSides * half_bytes)",
+        case="offsets past 2^32",
+    ),
+    "activation: one warp's shuffles": Mutation(
+        "activation.cu", "int offset = kLanes / 2;", "int offset = kLanes;", case="exact"
+    ),
+    "activation: zeros of their sign": Mutation(
+        "e4m3.cuh",
+        "__fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q)",
+        "__fmaf_rn(__fmaf_rn(-b, q, a), reciprocal, q)",
+        "activation", case="exact, from float32",
+    ),
+    "activation: division by infinity": Mutation(
+        "e4m3.cuh", "scale == INFINITY ? 0.0f : scale * factor", "scale * factor", "activation",
+        case="exact, from float32",
+    ),
+    "activation: tiny scales": Mutation(
+        "e4m3.cuh", "amax < 1.0f ? 0x1p64f : 0x1p-64f", "1.0f", "activation", case="midpoints"
+    ),
+    "activation: quotient": Mutation(
+        "e4m3.cuh", "return __fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q);", "return q;",
+        "activation", case="midpoints",
+    ),
+    "activation: 448": Mutation(
+        "e4m3.cuh", "quotient(amax, kE4m3Max, 1.0f / kE4m3Max)", "amax * (1.0f / kE4m3Max)",
+        "activation", case="midpoints",
+    ),
     "routing: tokens": Mutation(
         "routing_topk.cu", "if (token >= p.num_tokens) return;", "", case="default"
     ),
@@ -107,13 +157,20 @@ MUTATIONS = {
         GEMM, "if (row_tile >= *p.num_tiles) return;", "", case="fp8 gated to fp8"
     ),
     # Gate and up swapped.
-    "swiglu: gate and up": Mutation(
-        "swiglu.cu", "p.gate_first ? first[i] : second[i]", "p.gate_first ? second[i] : first[i]"
+    "activation: gate and up": Mutation(
+        "activation.cu", "sides[2] = {x + (swapped ? half_bytes : 0)", "sides[2] = {x",
+        case="fp8 to fp8, experts",
+    ),
+    "activation: scales of gate and up": Mutation(
+        "activation.cu", "{scale + (swapped ? half : 0)", "{scale", case="704, several rounds"
+    ),
+    "activation: pairs": Mutation(
+        "activation.cu", "INTERLEAVED == 2 ? 1 - side : side", "side", case="interleaved up first"
     ),
     "gemm: gate and up": Mutation(
         GEMM,
-        "swiglu(accum[0][i][j][v], accum[kHalves - 1][i][j][v], act)",
-        "swiglu(accum[kHalves - 1][i][j][v], accum[0][i][j][v], act)",
+        "activate(accum[0][i][j][v], accum[kHalves - 1][i][j][v], act)",
+        "activate(accum[kHalves - 1][i][j][v], accum[0][i][j][v], act)",
     ),
     "gemm: scales of gate and up": Mutation(
         GEMM,
@@ -144,8 +201,8 @@ MUTATIONS = {
     "experts: row to expert": Mutation(
         "experts.cuh", "offsets[middle] <= row", "offsets[middle] < row", "permute_place"
     ),
-    "experts: row to expert, swiglu": Mutation(
-        "experts.cuh", "offsets[middle] <= row", "offsets[middle] < row", "swiglu"
+    "activation: expert": Mutation(
+        "activation.cu", "p.tile_expert[row0 / p.tile]", "p.tile_expert[row0 / p.tile / 2]"
     ),
     "experts: shard": Mutation(
         "experts.cuh", "routed < num_local_routed", "routed <= num_local_routed", "permute_count",
@@ -205,8 +262,8 @@ MUTATIONS = {
     "finalize: slot of -1": Mutation(
         "finalize.cu", "if (row[k] < 0) continue;", "", case="tails"
     ),
-    "swiglu: padding": Mutation(
-        "swiglu.cu", "p.token_idx[row] >= 0", "p.token_idx[row] >= -1",
+    "activation: padding": Mutation(
+        "activation.cu", "p.token_idx[row0 + r] >= 0", "p.token_idx[row0 + r] >= -1",
         case="interleaved up first",
     ),
     # Arithmetic that must be exact, and order.
@@ -226,7 +283,11 @@ MUTATIONS = {
         "quantize_fp8_block",
     ),
     "activation: limit of up": Mutation(
-        "activation.cuh", "up < -a.limit ? -a.limit : up", "up", "swiglu"
+        "activation.cuh", "x < -limit ? -limit : x", "x", "activation"
+    ),
+    "activation: NaN of relu2": Mutation(
+        "activation.cuh", "x < 0.0f ? 0.0f : x", "x > 0.0f ? x : 0.0f", "activation",
+        case="relu2, fp8 to fp8",
     ),
     "finalize: fused": Mutation(
         "finalize.cu",

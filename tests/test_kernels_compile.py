@@ -15,14 +15,28 @@ import numpy as np
 import pytest
 
 import cumoe
-from cumoe import Routing, RoutingMethod, kernels, kernels_sm90, tuning
+from cumoe import (
+    Routing,
+    RoutingMethod,
+    formulas,
+    kernels,
+    kernels_activation,
+    kernels_sm90,
+    tuning,
+)
 from cumoe.config import Activation
+from cumoe.grouped_gemm import gemm_spec
 from cumoe.launch import KERNEL_DIR, KernelSpec, compile_cubin, smem_limit
 from cumoe.tuning import GroupedGemmProblem
 from tests.helpers import BF16, DTYPES, F32, FP8
 
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 FLOATS = ("bfloat16", "float16", "float32")
+
+ACTIVATIONS = [
+    Activation(alpha=1.702, beta=1.0, limit=7.0),
+    *(Activation(name) for name in formulas.ACTIVATIONS if name != "swiglu"),
+]
 
 ROUTING_SIZES = [
     (8, 2, 4, "float32"),
@@ -33,6 +47,7 @@ ROUTING_SIZES = [
 """Experts, top-k, groups, and dtype of the logits."""
 
 MAX_REGISTERS = {
+    "activation": 168,
     "finalize": 32,
     "permute_count": 32,
     "permute_place": 40,
@@ -42,7 +57,6 @@ MAX_REGISTERS = {
     "routing_topk": 160,
     "sm80_grouped_gemm": 255,
     "sm90_fp8_grouped_gemm": 168,
-    "swiglu": 48,
     "topk_expand": 24,
 }
 """Registers a thread may take: the most over all architectures with NVRTC 12.9, rounded up to a
@@ -74,7 +88,7 @@ def routing_specs() -> Iterator[Shipped]:
 
 
 def elementwise_specs() -> Iterator[Shipped]:
-    """Yield expansion, permutation, quantisation, activation and finalize for all their dtypes."""
+    """Yield expansion, permutation, quantisation and finalize for all their dtypes."""
     ids, scale = np.zeros((1, 2), np.int32), np.zeros((1, 2), F32)
     for given in (None, scale, scale.astype(BF16)):
         weights = scale.astype(BF16) if given is None else given
@@ -87,26 +101,54 @@ def elementwise_specs() -> Iterator[Shipped]:
         x = np.zeros((1, 1, 256), DTYPES[dtype])
         yield Shipped(kernels.quantize_fp8_block(x[0], codes[0], scale).spec)
         yield Shipped(kernels.quantize_fp8_weights(x, codes, scale).spec)
-    for source, target, interleaved in itertools.product(
-        (*FLOATS, FP8.name), (*FLOATS, FP8.name), (False, True)
-    ):
-        if source != FP8.name or not interleaved:
-            x, y = (np.zeros((1, 256), DTYPES[dtype]) for dtype in (source, target))
-            launch = kernels.swiglu(
-                x,
-                scale if source == FP8.name else None,
-                y,
-                scale if target == FP8.name else None,
-                gate_first=True,
-                interleaved=interleaved,
-                activation=Activation(),
-                permutation=None,
-            )
-            yield Shipped(launch.spec)
     for rows, weights, out in itertools.product(FLOATS, ("float32", "bfloat16"), FLOATS):
         arrays = (np.zeros((1, 8), DTYPES[dtype]) for dtype in (rows, weights))
         launch = kernels.finalize(*arrays, ids, np.zeros((1, 8), DTYPES[out]))
         yield Shipped(launch.spec)
+
+
+def activation_specs() -> Iterator[Shipped]:
+    """Yield the activation kernel for all its dtypes and rows, and the other activations."""
+    orders = ("gate_up", "gate_up_interleaved", "up_gate_interleaved")
+    for source, target in itertools.product((*FLOATS, FP8.name), repeat=2):
+        units = kernels_activation.BLOCKS_PER_SM[DTYPES[source].itemsize]
+        for order, rows in itertools.product(orders, units):
+            if source == FP8.name and order != "gate_up" or order != "gate_up" and rows > 1:
+                continue
+            spec = kernels_activation.activation_spec(
+                source, target, Activation(), gate_up_order=order, rows=rows
+            )
+            yield Shipped(spec)
+    for activation, (source, target) in itertools.product(
+        ACTIVATIONS, ((FP8.name, FP8.name), ("bfloat16", FP8.name), ("bfloat16", "bfloat16"))
+    ):
+        rows = max(kernels_activation.BLOCKS_PER_SM[DTYPES[source].itemsize])
+        spec = kernels_activation.activation_spec(
+            source,
+            target,
+            activation,
+            gate_up_order="gate_up" if activation.gated else None,
+            rows=rows,
+        )
+        yield Shipped(spec)
+
+
+def epilogue_specs(arch: str) -> Iterator[Shipped]:
+    """Yield the first GEMM of a layer with every activation but swiglu."""
+    limit = smem_limit(arch)
+    for activation, dtype in itertools.product(ACTIVATIONS[1:], ("bfloat16", FP8.name)):
+        gated = activation.gated
+        for tile in tuning.tiles(dtype):
+            problem = GroupedGemmProblem(dtype, dtype, gated, True, tile, not gated)
+            config = tuning.select_config(problem, limit)
+            spec = gemm_spec(problem, config, activation)
+            yield Shipped(spec, tuning.smem_bytes(config, problem))
+        if dtype == FP8.name and gated and arch == tuning.SM90_ARCH:
+            for tile in (tuning.sm90_tiles()[0], tuning.sm90_tiles()[-1]):
+                problem = GroupedGemmProblem(dtype, dtype, True, True, tile)
+                hopper = tuning.select_sm90_config(tile, True)
+                spec = gemm_spec(problem, hopper, activation)
+                yield Shipped(spec, tuning.sm90_smem_bytes(hopper, True))
 
 
 def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
@@ -143,7 +185,8 @@ def hopper_specs() -> Iterator[Shipped]:
 def shipped(arch: str) -> list[Shipped]:
     """Return what can run on an architecture, each configuration once."""
     hopper = hopper_specs() if arch == tuning.SM90_ARCH else ()
-    every = (*routing_specs(), *elementwise_specs(), *grouped_gemm_specs(arch), *hopper)
+    gemms = (*grouped_gemm_specs(arch), *epilogue_specs(arch), *hopper)
+    every = (*routing_specs(), *elementwise_specs(), *activation_specs(), *gemms)
     return list(dict.fromkeys(every))
 
 

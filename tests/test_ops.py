@@ -356,7 +356,7 @@ class TestGroupedGemm:
         assert y.shape == (0, 8) and y.dtype == BF16
 
 
-class TestSwiglu:
+class TestActivate:
     @each_backend
     @pytest.mark.parametrize(
         ("order", "dtype"),
@@ -367,10 +367,10 @@ class TestSwiglu:
         ],
     )
     def test_orders(self, rng, backend, order, dtype):
-        gate, up = rng.standard_normal((2, 21, 136), np.float32) * 4
+        gate, up = rng.standard_normal((2, 21, 144), np.float32) * 4
         first, second = (gate, up) if order.startswith("gate") else (up, gate)
         if order.endswith("interleaved"):
-            x = np.stack([first, second], axis=2).reshape(21, 272)
+            x = np.stack([first, second], axis=2).reshape(21, 288)
         else:
             x = np.concatenate([first, second], axis=1)
         if dtype == "float8_e4m3fn":
@@ -386,7 +386,8 @@ class TestSwiglu:
         gate64, up64 = parts if order.startswith("gate") else parts[::-1]
         want = brute_force.swiglu(gate64, up64)
         for out_dtype in (*FLOATS, "float8_e4m3fn"):
-            y = cumoe.swiglu(to_backend(native, backend), gate_up_order=order, out_dtype=out_dtype)
+            given = to_backend(native, backend)
+            y = cumoe.activate(given, gate_up_order=order, out_dtype=out_dtype)
             got = dequantized(y) if isinstance(y, Quantized) else to_host(y)
             assert_close_blocks(got, want, out_dtype)
 
@@ -396,18 +397,18 @@ class TestSwiglu:
         """Rows that are padding are skipped, so NaN in them does no harm."""
         ids = draw_ids(rng, 19, 2, 3)
         p = cumoe.group(ids, num_experts=4, tile=16)
-        x = rng.standard_normal((p.max_rows, 272), np.float32) * 3
+        x = rng.standard_normal((p.max_rows, 288), np.float32) * 3
         x[p.token_idx < 0] = np.nan
         fields = {
             "alpha": np.array([1.0, 1.702, 0.5, 2.0], np.float32),
             "beta": np.array([0.0, 1.0, -1.0, 2.0], np.float32),
             "limit": 2.0,
         }
-        values = Poisoned((p.max_rows, 136), out_dtype, backend)
+        values = Poisoned((p.max_rows, 144), out_dtype, backend)
         scale = Poisoned((p.max_rows, 2), F32, backend)
         fp8_out = out_dtype == "float8_e4m3fn"
         out = Quantized(values.array, scale.array) if fp8_out else values.array
-        cumoe.swiglu(
+        cumoe.activate(
             to_backend(x, backend),
             gate_up_order="up_gate",
             activation=to_backend(Activation(**fields), backend),
@@ -421,7 +422,7 @@ class TestSwiglu:
         experts = np.searchsorted(p.expert_offsets, rows, side="right") - 1
         wide = x[rows].astype(np.float64)
         alpha, beta = (fields[n][experts][:, None] for n in ("alpha", "beta"))
-        want = brute_force.swiglu(wide[:, 136:], wide[:, :136], alpha, beta, 2.0)
+        want = brute_force.swiglu(wide[:, 144:], wide[:, :144], alpha, beta, 2.0)
         got = dequantized(out) if fp8_out else to_host(out)
         assert_close_blocks(got[rows], want, out_dtype, experts=experts)
 
@@ -432,7 +433,7 @@ class TestSwiglu:
         x[:, :8], x[:, 8:] = np.array([[-1e4], [1e4], [np.nan], [1.0]]), 3.0
         x[3, 8] = np.nan
         for limit in (None, 7.0):
-            y = cumoe.swiglu(
+            y = cumoe.activate(
                 to_backend(x, backend),
                 gate_up_order="gate_up",
                 activation=Activation(limit=limit),
@@ -445,7 +446,7 @@ class TestSwiglu:
     @each_backend
     def test_no_rows(self, backend):
         x = to_backend(np.empty((0, 16), BF16), backend)
-        assert cumoe.swiglu(x, gate_up_order="gate_up").shape == (0, 8)
+        assert cumoe.activate(x, gate_up_order="gate_up").shape == (0, 8)
 
 
 class TestFinalize:

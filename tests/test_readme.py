@@ -14,6 +14,7 @@ import pytest
 
 from cumoe import RoutingMethod, group
 from cumoe.cli import build_parser
+from cumoe.formulas import ACTIVATIONS
 from cumoe.layouts import GATE_UP_ORDERS
 
 REPO = Path(__file__).resolve().parents[1]
@@ -94,6 +95,9 @@ class TestCommands:
 class TestTables:
     def test_every_routing_method(self):
         assert sorted(first_cells("Routing methods")) == sorted(m.value for m in RoutingMethod)
+
+    def test_every_activation(self):
+        assert sorted(first_cells("Activation")) == sorted(ACTIVATIONS)
 
     def test_every_gate_up_order(self):
         names = re.findall(r"^\| `\"(\w+)\"` \|", section("Gate and up"), re.M)

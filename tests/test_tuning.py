@@ -17,12 +17,12 @@ CONFIG = GroupedGemmConfig(block_m=64, block_n=64, num_stages=3, warps_m=2, warp
 HOPPER = ARCHS["sm_90a"]
 
 PROBLEMS = [
-    GroupedGemmProblem(dtype, out, gated, gather, tile)
+    GroupedGemmProblem(dtype, out, gated, gather, tile, activated)
     for dtype in (BF16, "float16", FP8)
     for out in (BF16, "float16", "float32", FP8)
-    for gated, gather in itertools.product((False, True), repeat=2)
+    for gated, gather, activated in itertools.product((False, True), repeat=3)
     for tile in tuning.tiles(dtype)
-    if gated or out != FP8
+    if (gated or activated or out != FP8) and not (gated and activated)
 ]
 
 
@@ -133,7 +133,9 @@ class TestHopper:
             portable = tuning.select_config(problem, HOPPER)
             assert select(problem, arch, HOPPER, portable=True) == portable
             assert select(problem, "sm_100a", HOPPER) == portable
-        for other in (PROBLEM, replace(FP8_PROBLEM, output_dtype=BF16)):
+        no_gate = replace(FP8_PROBLEM, gated=False, activated=True)
+        others = (no_gate, replace(no_gate, output_dtype=BF16))
+        for other in (PROBLEM, replace(FP8_PROBLEM, output_dtype=BF16), *others):
             assert select(other, arch, HOPPER) == tuning.select_config(other, HOPPER)
         with pytest.raises(ValueError, match="tile: no grouped GEMM configuration runs"):
             select(replace(FP8_PROBLEM, tile=24), "sm_80", HOPPER)

@@ -213,6 +213,13 @@ def of(form: str, /, **changes: Any) -> Callable[[], Any]:
     return lambda: ExpertWeights(**{**plain_arrays(*form.split("/")), **changes})
 
 
+def up_alone(form: str, **changes: Any) -> Callable[[], Any]:
+    """Build weights without a gate that are fine but for `changes`."""
+    w13 = plain_arrays(form)["w13"][:, :256].copy()
+    scale = {"w13_scale": f32(2, 2, 3)} if form == "fp8_block" else {}
+    return of(form, **{"w13": w13, "gate_up_order": "up", **scale, **changes})
+
+
 def call(form: str, name: str, *arguments: Any, **options: Any) -> Callable[[], Any]:
     """Call a method of weights that are fine."""
     return lambda: getattr(of(form)(), name)(*arguments, **options)
@@ -239,7 +246,7 @@ STRIDES = "expected a C-contiguous array, got shape"
 BAD_VALUES: list[tuple[str, Callable[[], Any]]] = [
     (
         r"gate_up_order: expected one of \['gate_up', 'up_gate', 'gate_up_interleaved', "
-        r"'up_gate_interleaved'\], got None; the order of w13's rows decides which half",
+        r"'up_gate_interleaved', 'up'\], got None; the order of w13's rows decides which half",
         of("bf16", gate_up_order=None),
     ),
     ("gate_up_order: expected one of .*, got 'w3w1'", of("bf16", gate_up_order="w3w1")),
@@ -302,8 +309,22 @@ BAD_VALUES: list[tuple[str, Callable[[], Any]]] = [
     (f"w2_scale: {STRIDES}", of("fp8_block", w2_scale=f32(2, 2, 3).swapaxes(1, 2))),
     # Methods.
     (
-        "gate_up_order: expected one of .*, got 'up'",
+        "gate_up_order: expected 'gate_up' or another order with a gate, got 'up'",
         call("bf16", "convert", gate_up_order="up"),
+    ),
+    (
+        "gate_up_order: expected 'up' or another order without a gate, got 'gate_up'",
+        lambda: up_alone("bf16")().convert(gate_up_order="gate_up"),
+    ),
+    (
+        r"w13_scale: expected shape \(2, 2, 3\), got \(2, 4, 3\)",
+        up_alone("fp8_block", w13_scale=f32(2, 4, 3)),
+    ),
+    (
+        "gate: expected None with gate_up_order 'up', got ndarray",
+        lambda: ExpertWeights.from_experts(
+            *[np.ones((1, 16, 16), np.float32)] * 3, gate_up_order="up"
+        ),
     ),
     ("layout: expected one of .*, got 'k_major'", call("bf16", "convert", layout="k_major")),
     (

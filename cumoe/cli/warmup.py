@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cumoe import kernels, launch
 from cumoe.arrays import DTYPES, FP8
 from cumoe.cli.console import CommandError, facts, make_console, quantity, seconds
-from cumoe.config import Activation, Array, ExpertShard
+from cumoe.config import Array, ExpertShard
 from cumoe.launch import KernelSpec
 from cumoe.launch.compile import cache_key
 from cumoe.layer_call import LayerSpec
@@ -194,7 +194,7 @@ def _layer_spec(shape: ModelShape, recipe: Recipe) -> LayerSpec:
     weights = ExpertWeights(*arrays, gate_up_order="gate_up", recipe=recipe)
     routing, shared = shape.routing(), shape.num_shared_experts
     shard = ExpertShard(0, shape.num_experts)
-    return LayerSpec(weights, routing, shape.num_experts, shared, shard, Activation())
+    return LayerSpec(weights, routing, shape.num_experts, shared, shard, shape.activation)
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> Array:

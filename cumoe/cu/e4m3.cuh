@@ -62,4 +62,33 @@ __device__ __forceinline__ float e4m3_scale(float amax) {
   return fmaxf(__fdiv_rn(amax, kE4m3Max), kMinScale);
 }
 
+/// a / b for a rounded reciprocal of b: the quotient and one correction by its remainder, which is exact
+/// unless it is subnormal. Negated, so that a zero keeps its sign.
+__device__ __forceinline__ float quotient(float a, float b, float reciprocal) {
+  const float q = __fmul_rn(a, reciprocal);
+  return __fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q);
+}
+
+/// Divides the values of a block by its scale, e4m3_scale(amax), and returns the scale. Scale and e4m3
+/// values have the bits of true divisions, at three operations for each value.
+template <int kCount>
+__device__ __forceinline__ float divide_by_scale(float (&y)[kCount], float amax) {
+  if (amax >= 0x1p-80f && amax <= 0x1p108f) {
+    const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
+    const float guess = ptx::rcp_approx_ftz(scale);
+    const float reciprocal = __fmaf_rn(guess, -__fmaf_rn(scale, guess, -1.0f), guess);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i], scale, reciprocal);
+    return scale;
+  }
+  // NOTE: kept from subnormal remainders by a power of two, which changes no quotient that e4m3 can hold.
+  const float scale = e4m3_scale(amax), factor = amax < 1.0f ? 0x1p64f : 0x1p-64f;
+  const float reciprocal = __frcp_rn(scale * factor);
+  const float divisor =
+      scale == INFINITY ? 0.0f : scale * factor;  // finite / inf = 0, inf / inf = NaN
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i] * factor, divisor, reciprocal);
+  return scale;
+}
+
 }  // namespace cumoe

@@ -106,6 +106,20 @@ __device__ __forceinline__ float cvt_f32_f16(uint32_t bits) {
   return r;
 }
 
+/// 2^x with a relative error below 2^-22; subnormal numbers count as 0 (PTX ISA, "ex2").
+__device__ __forceinline__ float ex2_approx_ftz(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+/// 1 / x within 1 ulp; subnormal numbers count as 0 (PTX ISA, "rcp").
+__device__ __forceinline__ float rcp_approx_ftz(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 #if __CUDA_ARCH__ >= 890 || !defined(__CUDA_ARCH__)
 /// Rounds two fp32 values to nearest-even e4m3, saturating, `low` in bits 0-7; NaN becomes 0x7f
 /// (PTX ISA, "cvt").

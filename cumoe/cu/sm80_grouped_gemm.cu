@@ -3,7 +3,8 @@
 // out[r, j] = epilogue(sum over k of a[source(r), k] * b[e(r), row(j), k])
 //
 // source(r) is token_idx[r] (GATHER) or r. With GATED the block computes the gate and the up column of
-// every j and the epilogue is the activation; e4m3 output adds a scale for each row and 128 columns.
+// every j. With ACTIVATED (always with GATED) the epilogue is the activation; e4m3 output, which needs it,
+// adds a scale for each row and 128 columns.
 //
 // Grid      max_tiles * num_column_tiles blocks, the column tiles of a row tile in a row; blocks past
 //           *num_tiles leave at once.
@@ -13,7 +14,8 @@
 // fp8       bytes are widened in registers to fp16, which is exact. A thread takes four neighbouring
 //           bytes as its four k positions of a 16-wide step, in a and b alike, so ldmatrix serves both
 //           types. Each 128 of k is summed on its own and added times its two scales (two levels).
-// From -D   TYPE (kBf16 kF16 kE4m3) OUTPUT_TYPE GATED GATHER BLOCK_M BLOCK_N NUM_STAGES WARPS_M WARPS_N
+// From -D   TYPE (kBf16 kF16 kE4m3) OUTPUT_TYPE GATED ACTIVATED ACTIVATION GATHER
+//           BLOCK_M BLOCK_N NUM_STAGES WARPS_M WARPS_N
 #include "activation.cuh"
 #include "vec.cuh"
 
@@ -62,8 +64,9 @@ static_assert(kWarpM % 16 == 0, "a warp's rows are a multiple of the mma m (16)"
 static_assert(kWarpN % 16 == 0, "ldmatrix.x4 loads two n tiles of b at once");
 static_assert(kThreads % 8 == 0 && BLOCK_M % (kThreads / 8) == 0 || BLOCK_M < kThreads / 8,
               "threads copy whole passes of rows");
-static_assert(OUTPUT_TYPE != kE4m3 || (GATED && BLOCK_N == kScaleBlock),
+static_assert(OUTPUT_TYPE != kE4m3 || (ACTIVATED && BLOCK_N == kScaleBlock),
               "requantisation needs the 128 columns of a scale block in one thread block");
+static_assert(ACTIVATED || !GATED, "gate and up come together in the activation");
 static_assert(NUM_STAGES >= 2, "the pipeline needs two stages");
 
 /// Address of a 16-byte chunk in a (rows, 128 bytes) tile.
@@ -266,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 
   // Epilogue: the activation in place, then one scale a row for e4m3, then the store.
-  if constexpr (GATED) {
+  if constexpr (ACTIVATED) {
     const ActivationValues act = activation_of(p.activation, expert);
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
@@ -274,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
-          accum[0][i][j][v] = swiglu(accum[0][i][j][v], accum[kHalves - 1][i][j][v], act);
+          accum[0][i][j][v] = activate(accum[0][i][j][v], accum[kHalves - 1][i][j][v], act);
         }
       }
     }

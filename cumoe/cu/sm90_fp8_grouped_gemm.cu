@@ -273,7 +273,7 @@ __device__ __forceinline__ void store_requantised(const Params& p, Smem& smem, c
   for (int j = 0; j < BLOCK_N / 8; ++j) {
     if (j >= tile.groups()) break;
 #pragma unroll
-    for (int v = 0; v < 4; ++v) gate[4 * j + v] = swiglu(gate[4 * j + v], up[4 * j + v], act);
+    for (int v = 0; v < 4; ++v) gate[4 * j + v] = activate(gate[4 * j + v], up[4 * j + v], act);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       float amax = fmaxf(fabsf(gate[4 * j + c]), fabsf(gate[4 * j + 2 + c]));

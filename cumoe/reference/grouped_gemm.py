@@ -48,22 +48,26 @@ def grouped_gemm(
     return y
 
 
-def gated_gemm(
+def activated_gemm(
     x: Array,
     permutation: Permutation,
-    expert_gate_up: Callable[[int], tuple[Array, Array]],
+    expert_gate_up: Callable[[int], tuple[Array | None, Array]],
     intermediate_size: int,
     activation: Activation,
     *,
     gather: bool,
 ) -> Array:
-    """Return ``act(x[source(i)] @ gate[e(i)].T, x[source(i)] @ up[e(i)].T)`` in float32."""
+    """Return ``act(x[source(i)] @ gate[e(i)].T, x[source(i)] @ up[e(i)].T)`` in float32.
+
+    An activation without a gate is given matrices without one.
+    """
     y = np.zeros((permutation.max_rows, intermediate_size), np.float32)
     for expert in busy_experts(permutation):
         rows = expert_rows(permutation, expert)
         source = x[permutation.token_idx[rows] if gather else rows]
         gate, up = expert_gate_up(expert)
-        y[rows] = apply(source @ gate.T, source @ up.T, activation, expert)
+        gate_values = None if gate is None else source @ gate.T
+        y[rows] = apply(gate_values, source @ up.T, activation, expert)
     return y
 
 

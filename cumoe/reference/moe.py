@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from cumoe.config import Activation, Array, ExpertParts, ExpertShard, PackedTopK, Quantized, TopK
-from cumoe.reference.grouped_gemm import gated_gemm, grouped_gemm, round_rows
+from cumoe.reference.grouped_gemm import activated_gemm, grouped_gemm, round_rows
 from cumoe.reference.permutation import group
 from cumoe.reference.quantize import dequantize, quantize_fp8_block
 from cumoe.reference.routing import unpack
@@ -22,7 +22,7 @@ class HostWeights(Protocol):
     @property
     def intermediate_size(self) -> int: ...
 
-    def dequantize_expert(self, expert: int) -> tuple[Array, Array, Array]: ...
+    def dequantize_expert(self, expert: int) -> tuple[Array | None, Array, Array]: ...
 
 
 def expert_parts(
@@ -56,13 +56,14 @@ def expert_parts(
     else:
         wide = x.astype(np.float32)
 
-    def gate_up(expert: int) -> tuple[Array, Array]:
+    def gate_up(expert: int) -> tuple[Array | None, Array]:
         return weights.dequantize_expert(int(expert))[:2]
 
     def down(expert: int) -> Array:
         return weights.dequantize_expert(int(expert))[2]
 
-    y = gated_gemm(wide, permutation, gate_up, weights.intermediate_size, activation, gather=True)
+    size = weights.intermediate_size
+    y = activated_gemm(wide, permutation, gate_up, size, activation, gather=True)
     rounded = round_rows(y, "float8_e4m3fn" if fp8 else "bfloat16")
     wide = dequantize(rounded) if isinstance(rounded, Quantized) else rounded.astype(np.float32)
     y = grouped_gemm(wide, permutation, down, weights.hidden_size, gather=False)

@@ -14,13 +14,13 @@ import numpy as np
 
 from cumoe import kernels
 from cumoe.arrays import DTYPES, FP8
-from cumoe.config import Activation, ExpertShard, Quantized, Routing
+from cumoe.config import ExpertShard, Routing
 from cumoe.permutation import plan_group
-from cumoe.reference import activation as twin_activation
 from cumoe.reference import finalize as twin_finalize
 from cumoe.reference import moe as twin_moe
 from cumoe.reference import permutation as twin_permutation
 from cumoe.reference import quantize, routing
+from tests.host.activation_cases import ACTIVATION_CASES
 from tests.host.checks import (
     BF16,
     F16,
@@ -28,11 +28,7 @@ from tests.host.checks import (
     Case,
     Host,
     check,
-    close,
-    per_expert_activation,
-    random_group,
     same_bits,
-    valid_rows,
 )
 from tests.host.gemm_cases import GEMM90_CASES, GEMM_CASES
 
@@ -261,68 +257,6 @@ QUANTIZE_WEIGHTS_CASES = [
 ]
 
 
-# ------------------------------------------------------------------------------------------- swiglu
-
-
-def _swiglu(
-    columns: int, order: str, dtype: str, out_dtype: str, *, experts: int = 0, rows: int = 7
-) -> Callable[[Host], None]:
-    def check(host: Host) -> None:
-        p = random_group(host, rows, 3, experts, 16) if experts else None
-        num_rows = p.max_rows if p is not None else rows
-        x = host.rng.standard_normal((num_rows, 2 * columns)).astype(np.float32) * 3
-        x_scale = None
-        if dtype == FP8:
-            halves = [quantize.quantize_fp8_block(h) for h in (x[:, :columns], x[:, columns:])]
-            values = np.concatenate([h.values for h in halves], 1)
-            x_scale = host.arena.array(np.concatenate([h.scale for h in halves], 1))
-        else:
-            values = x.astype(DTYPES[dtype])
-        values = host.arena.array(values)
-        act = per_expert_activation(host, experts) if experts else Activation(alpha=1.7, limit=5.0)
-        y = host.empty((num_rows, columns), out_dtype)
-        y_scale = host.empty((num_rows, kernels.blocks(columns)), F32) if out_dtype == FP8 else None
-        launch = kernels.swiglu(
-            values,
-            x_scale,
-            y,
-            y_scale,
-            gate_first=order.startswith("gate"),
-            interleaved=order.endswith("interleaved"),
-            activation=act,
-            permutation=p,
-        )
-        host.run(launch)
-        expected = twin_activation.swiglu(
-            values, x_scale, gate_up_order=order, activation=act, permutation=p, out_dtype=out_dtype
-        )
-        held = np.arange(num_rows) if p is None else valid_rows(p)
-        if out_dtype == FP8:
-            assert y_scale is not None
-            close("scale", y_scale[held], expected.scale[held], F32)
-            got, want = (
-                quantize.dequantize(Quantized(v[held], s[held]))
-                for v, s in ((y, y_scale), (expected.values, expected.scale))
-            )
-        else:
-            got, want = y[held], expected[held]
-        close("y", got, want, out_dtype)
-        padding = np.setdiff1d(np.arange(num_rows), held)
-        assert (y[padding].view(np.uint8) == 0xFF).all(), "y: padding rows were written"
-
-    return check
-
-
-SWIGLU_CASES = [
-    Case("gate_up", _swiglu(136, "gate_up", BF16, BF16)),
-    Case("up_gate float32", _swiglu(8, "up_gate", F32, F32, rows=1)),
-    Case("interleaved", _swiglu(264, "gate_up_interleaved", F16, F16)),
-    Case("interleaved up first", _swiglu(40, "up_gate_interleaved", BF16, F32, experts=5)),
-    Case("to fp8", _swiglu(200, "gate_up", BF16, FP8)),
-    Case("fp8 to fp8, experts", _swiglu(136, "up_gate", FP8, FP8, experts=33)),
-]
-
-
 # ----------------------------------------------------------------------------------------- finalize
 
 
@@ -365,7 +299,7 @@ CASES: dict[str, list[Case]] = {
     "permute_place": PERMUTE_CASES,
     "quantize_fp8_block": QUANTIZE_CASES,
     "quantize_fp8_weights": QUANTIZE_WEIGHTS_CASES,
-    "swiglu": SWIGLU_CASES,
+    "activation": ACTIVATION_CASES,
     "finalize": FINALIZE_CASES,
     "sm80_grouped_gemm": GEMM_CASES,
     "sm90_fp8_grouped_gemm": GEMM90_CASES,

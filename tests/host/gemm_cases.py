@@ -14,6 +14,7 @@ from cumoe.arrays import DTYPES, FP8
 from cumoe.config import Activation, Quantized
 from cumoe.reference import exact, quantize
 from cumoe.tuning import GroupedGemmConfig, GroupedGemmProblem, Sm90Config, select_config
+from tests.host.activation_cases import PRODUCT
 from tests.host.checks import (
     BF16,
     F16,
@@ -45,6 +46,16 @@ class _Gemm:
     experts: int = 4
     top_k: int = 3
     per_expert: bool = False
+    activation: Activation | None = None
+
+    @property
+    def problem(self) -> GroupedGemmProblem:
+        """What is multiplied; an activation without an order has no gate."""
+        gated = self.order is not None
+        activated = self.activation is not None and not gated
+        return GroupedGemmProblem(
+            self.dtype, self.out_dtype, gated, self.gather, self.tile, activated
+        )
 
     def check(self, host: Host, launch: Callable[..., kernels.Launch]) -> None:
         """Run what `launch` makes of the operands and compare it with the twin."""
@@ -70,16 +81,15 @@ class _Gemm:
             w = w.reshape(self.experts, num_rows, k // bk, bk).transpose(0, 2, 1, 3)
         a, w = host.arena.array(a), host.arena.array(np.ascontiguousarray(w))
         operand = kernels.GemmOperand(w, w_scale, num_rows, k, self.block_major, order)
-        act = per_expert_activation(host, self.experts) if self.per_expert else Activation()
+        act = self.activation or Activation()
+        if self.per_expert:
+            act = per_expert_activation(host, self.experts)
         y = host.empty((p.max_rows, n), self.out_dtype)
         y_scale = None
         if self.out_dtype == FP8:
             y_scale = host.empty((p.max_rows, kernels.blocks(n)), F32)
         host.run(launch(a, a_scale, operand, y, y_scale, p, act))
-        problem = GroupedGemmProblem(
-            self.dtype, self.out_dtype, order is not None, self.gather, self.tile
-        )
-        expected = _on_host(a, a_scale, operand, p, act, problem, n)
+        expected = _on_host(a, a_scale, operand, p, act, self.problem, n)
         held = valid_rows(p)
         if isinstance(expected, Quantized):
             assert y_scale is not None
@@ -100,7 +110,7 @@ def _gemm(
 ) -> Callable[[Host], None]:
     """``sm80_grouped_gemm``."""
     gemm = _Gemm(dtype, out_dtype, **sizes)
-    problem = GroupedGemmProblem(dtype, out_dtype, gemm.order is not None, gemm.gather, gemm.tile)
+    problem = gemm.problem
 
     def launch(a, a_scale, operand, y, y_scale, p, act):  # type: ignore[no-untyped-def]
         chosen = config or select_config(problem, SMEM_LIMIT)
@@ -119,9 +129,11 @@ def _gemm90(
 
     def launch(a, a_scale, operand, y, y_scale, p, act):  # type: ignore[no-untyped-def]
         with mock.patch("cumoe.kernels_sm90.encode_tiled", encode_tiled):
-            return kernels_sm90.grouped_gemm(
+            made = kernels_sm90.grouped_gemm(
                 a, a_scale, operand, y, y_scale, p, chosen, act, num_sms, gather=gemm.gather
             )
+        made.spec = kernels.with_activation(made.spec, act)
+        return made
 
     return lambda host: gemm.check(host, launch)
 
@@ -160,6 +172,34 @@ GEMM_CASES = [
         _gemm(FP8, BF16, k=384, n=40, tile=64, gather=False, block_major=True, tokens=50),
     ),
     Case(
+        "fp8 relu2 to fp8",
+        _gemm(FP8, FP8, k=272, n=144, tile=16, activation=Activation("relu2")),
+    ),
+    Case(
+        "bf16 silu",
+        _gemm(BF16, BF16, k=72, n=136, tile=32, tokens=40, activation=Activation("silu")),
+    ),
+    Case(
+        "bf16 geglu",
+        _gemm(BF16, BF16, k=72, n=40, tile=16, order="up_gate", activation=Activation("geglu")),
+    ),
+    Case(
+        "fp8 situ to fp8",
+        _gemm(
+            FP8,
+            FP8,
+            k=144,
+            n=48,
+            tile=16,
+            order="gate_up",
+            activation=Activation("situ", alpha=4, beta=25, limit=3),
+        ),
+    ),
+    Case(
+        "bf16 user's activation",
+        _gemm(BF16, F32, k=72, n=40, tile=16, order="gate_up", activation=PRODUCT),
+    ),
+    Case(
         "two stages, other warps",
         _gemm(FP8, F32, k=640, n=72, tile=32, config=_config(32, 64, 2, 2, 2)),
     ),
@@ -183,6 +223,12 @@ GEMM90_CASES = [
     Case(
         "clusters, gated",
         _gemm90(num_stages=2, cluster=2, k=272, n=144, tile=48, order="gate_up", tokens=60),
+    ),
+    Case(
+        "geglu_tanh",
+        _gemm90(
+            k=272, n=144, tile=16, order="up_gate", activation=Activation("geglu_tanh")
+        ),
     ),
     Case("clusters, plain", _gemm90(num_stages=2, cluster=2, k=144, n=264, tile=96, tokens=60)),
 ]  # fmt: skip

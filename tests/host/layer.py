@@ -76,14 +76,18 @@ class _Shape:
     order: str = "gate_up"
     layout: str = "major_k"
     num_shared: int = 0
+    activation: Activation | None = None
 
 
 def _weights(host: Host, shape: _Shape, num_experts: int) -> ExpertWeights:
     hidden, size = shape.hidden_size, shape.intermediate_size
     gate, up = (host.rng.standard_normal((num_experts, size, hidden)) for _ in range(2))
     down = host.rng.standard_normal((num_experts, hidden, size))
+    gate, up, down = ((w / np.sqrt(w.shape[2])).astype(np.float32) for w in (gate, up, down))
     made = ExpertWeights.from_experts(
-        *((w / np.sqrt(w.shape[2])).astype(np.float32) for w in (gate, up, down)),
+        None if shape.order == "up" else gate,
+        up,
+        down,
         recipe=shape.recipe,  # type: ignore[arg-type]
         gate_up_order=shape.order,  # type: ignore[arg-type]
         layout=shape.layout,  # type: ignore[arg-type]
@@ -106,7 +110,7 @@ def _layer(
         weights = _weights(host, shape, local + routing.num_shared_experts)
         x = host.normal((shape.num_tokens, shape.hidden_size), BF16)
         logits = host.normal((shape.num_tokens, routing.num_experts), F32)
-        act = Activation(**activation)
+        act = shape.activation or Activation(**activation)
         out = host.empty(x.shape, BF16)
         run_layer(
             host, x, weights, routing=routing, logits=logits, shard=shard, activation=act, out=out
@@ -174,6 +178,27 @@ LAYER_CASES = [
             _Shape(3, 64, 40),
             Routing("top_k_sigmoid", 4, 2, num_shared_experts=1),
             ExpertShard.from_counts([4, 0], 1),
+        ),
+    ),
+    Case(
+        "fp8 relu2, tall tile",
+        _layer(
+            _Shape(40, 144, 80, "fp8_block", "up", activation=Activation("relu2")),
+            Routing("renormalize", 3, 2),
+        ),
+    ),
+    Case(
+        "bf16 silu, block-major",
+        _layer(
+            _Shape(9, 128, 64, order="up", layout="block_major_k", activation=Activation("silu")),
+            Routing("renormalize", 6, 3),
+        ),
+    ),
+    Case(
+        "fp8 geglu",
+        _layer(
+            _Shape(13, 144, 80, "fp8_block", "up_gate", activation=Activation("geglu")),
+            Routing("renormalize", 6, 2),
         ),
     ),
     Case("bf16 given ids", _given(_Shape(17, 72, 64), 3, 6, False)),

@@ -131,6 +131,13 @@ inline float cvt_f32_f16(uint32_t bits) {
   return x == x ? x : cumoe_host::float_of(0x7fffffffu);
 }
 
+/// Flushes a subnormal number to the zero of its sign.
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+
+inline float ex2_approx_ftz(float x) { return flushed(std::exp2(flushed(x))); }
+
+inline float rcp_approx_ftz(float x) { return flushed(1.0f / flushed(x)); }
+
 inline uint32_t cvt_e4m3x2_f32(float low, float high) {
   return cumoe_host::to_e4m3(low) | cumoe_host::to_e4m3(high) << 8;
 }
