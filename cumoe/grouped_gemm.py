@@ -72,8 +72,9 @@ def grouped_gemm(
         halves as :class:`ExpertWeights` says.
     permutation : Permutation
         From :func:`group`; on a device its ``tile`` must be a height the kernels have: 16, 32, 64,
-        or 128 for 16-bit types; on Hopper also ``tuning.sm90_tiles()`` for fp8 with fp8 output
-        (with `gate_up_order`) or bfloat16 output (without, and without an activation).
+        or 128 for 16-bit types; on Hopper also ``tuning.sm90_tiles(dtype)`` for bfloat16, and for
+        fp8 with fp8 output (with `gate_up_order`) or bfloat16 output (without, and without an
+        activation).
     gather : bool
         Rows of x are tokens rather than permuted rows.
     gate_up_order : {"gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved"}, optional
@@ -186,7 +187,7 @@ def gemm_spec(
 ) -> KernelSpec:
     """Return the kernel that a configuration and an activation, swiglu by default, stand for."""
     if isinstance(config, Sm90Config):
-        spec = kernels_sm90.grouped_gemm_spec(config, gated=problem.gated, gather=problem.gather)
+        spec = kernels_sm90.grouped_gemm_spec(problem, config)
     else:
         spec = kernels.grouped_gemm_spec(problem, config)
     return spec if activation is None else kernels.with_activation(spec, activation)
@@ -210,9 +211,8 @@ def plan_gemm(
         )
     num_sms = get_device(int(a.device.id)).num_sms
     launch = kernels_sm90.grouped_gemm(
-        a, a_scale, operand, out, out_scale, permutation, config, activation, num_sms,
-        gather=problem.gather,
-    )  # fmt: skip
+        a, a_scale, operand, out, out_scale, permutation, problem, config, activation, num_sms
+    )
     launch.spec = kernels.with_activation(launch.spec, activation)
     return launch
 

@@ -14,18 +14,20 @@ from cumoe.arrays import address
 from cumoe.config import Activation, Array, Permutation
 from cumoe.kernels import GemmOperand, Launch, activation_fields, blocks, make, scale_strides
 from cumoe.launch import KernelSpec, encode_tiled
-from cumoe.tuning import ROW_BYTES, Sm90Config, sm90_smem_bytes
+from cumoe.tuning import ROW_BYTES, GroupedGemmProblem, Sm90Config, sm90_smem_bytes
 
 
-def grouped_gemm_spec(config: Sm90Config, *, gated: bool, gather: bool) -> KernelSpec:
-    """Return the fp8 grouped GEMM for a configuration."""
+def grouped_gemm_spec(problem: GroupedGemmProblem, config: Sm90Config) -> KernelSpec:
+    """Return the Hopper grouped GEMM for a problem and a configuration."""
+    recipe = "fp8" if problem.dtype == "float8_e4m3fn" else "bf16"
     return KernelSpec(
-        "sm90_fp8_grouped_gemm",
+        f"sm90_{recipe}_grouped_gemm",
         (
-            ("GATED", int(gated)),
-            ("GATHER", int(gather)),
+            ("GATED", int(problem.gated)),
+            ("GATHER", int(problem.gather)),
             ("BLOCK_N", config.block_n),
             ("NUM_STAGES", config.num_stages),
+            ("NUM_CHUNKS", config.num_chunks),
             ("CLUSTER", config.cluster),
         ),
     )
@@ -34,12 +36,13 @@ def grouped_gemm_spec(config: Sm90Config, *, gated: bool, gather: bool) -> Kerne
 def token_map(a: Array, block_n: int) -> np.ndarray:
     """Encode the rows of the left operand in boxes of the kernel's kBoxRows rows."""
     row_bytes = a.shape[1] * a.dtype.itemsize
+    box_rows = block_n // 2 if block_n > 64 and block_n % 16 == 0 else block_n
     return encode_tiled(
         address(a),
         np.uint8,
         (a.shape[0], row_bytes),
         (row_bytes, 1),
-        (block_n // 16 * 8 if block_n > 64 else block_n, ROW_BYTES),
+        (box_rows, ROW_BYTES),
         swizzle="128B",
     )
 
@@ -69,33 +72,32 @@ def weight_map(operand: GemmOperand) -> np.ndarray:
 
 def grouped_gemm(
     a: Array,
-    a_scale: Array,
+    a_scale: Array | None,
     operand: GemmOperand,
     out: Array,
     out_scale: Array | None,
     permutation: Permutation,
+    problem: GroupedGemmProblem,
     config: Sm90Config,
     activation: Activation,
     num_sms: int,
-    *,
-    gather: bool,
 ) -> Launch:
-    """Launch for ``out[i] = epilogue(a[source(i)] @ w[e(i)].T)`` in fp8."""
-    gated = operand.gate_up_order is not None
+    """Launch for ``out[i] = epilogue(a[source(i)] @ w[e(i)].T)``."""
+    gated = problem.gated
     n = out.shape[1]
     column_tiles = -(-n // (128 if gated else 256))
     num_clusters = min(num_sms // config.cluster, permutation.max_tiles * column_tiles)
     fields: dict[str, Any] = operand.fields()
     second = blocks(operand.num_rows // 2) if gated else 1
     gate_first = gated and fields["first_row"] == 0
-    a_row, a_block = scale_strides(a_scale)
+    a_row, a_block = (0, 0) if a_scale is None else scale_strides(a_scale)
     out_row, out_block = scale_strides(out_scale)
     return make(
-        grouped_gemm_spec(config, gated=gated, gather=gather),
+        grouped_gemm_spec(problem, config),
         (num_clusters * config.cluster, 1, 1),
         384,
-        smem_bytes=sm90_smem_bytes(config, gated),
-        **({} if gather else {"a_map": token_map(a, config.block_n)}),
+        smem_bytes=sm90_smem_bytes(config, problem),
+        **({} if problem.gather else {"a_map": token_map(a, config.block_n)}),
         a=a,
         w_map=weight_map(operand),
         a_scale=a_scale,
@@ -112,10 +114,10 @@ def grouped_gemm(
         out_scale_row_stride=out_row,
         out_scale_block_stride=out_block,
         n=n,
-        k=operand.k,
+        k_bytes=operand.k * a.dtype.itemsize,
         tile=permutation.tile,
         num_column_tiles=column_tiles,
-        w_scale_rows=fields["b_scale_rows"],
+        w_scale_rows=fields["b_scale_rows"] if a_scale is not None else 0,
         first_half=0 if gate_first or not gated else 1,
         first_scale_row=0 if gate_first or not gated else second,
         second_scale_row=0 if gated and not gate_first else second,

@@ -69,19 +69,18 @@ class LayerSpec:
 
     def runs_sm90(self, arch: str) -> bool:
         """Whether both GEMMs are Hopper's own on a device of this architecture."""
-        gated = self.activation.gated
-        return self.fp8 and arch == SM90_ARCH and gated and not self.portable
+        return arch == SM90_ARCH and self.activation.gated and not self.portable
 
     def tiles(self, arch: str) -> tuple[int, ...]:
         """Return the row tile heights that the GEMMs have on an architecture."""
-        return sm90_tiles() if self.runs_sm90(arch) else tiles(str(self.weights.dtype))
+        dtype = str(self.weights.dtype)
+        return sm90_tiles(dtype) if self.runs_sm90(arch) else tiles(dtype)
 
     def select_tile(self, num_slots: int, arch: str) -> int:
         """Return the row tile height for a number of (token, expert) slots."""
         num_experts = self.num_experts + self.num_shared
-        if self.runs_sm90(arch):
-            return select_sm90_tile(num_slots, num_experts)
-        return select_tile(num_slots, num_experts, str(self.weights.dtype))
+        select = select_sm90_tile if self.runs_sm90(arch) else select_tile
+        return select(num_slots, num_experts, str(self.weights.dtype))
 
 
 @dataclass(eq=False)
@@ -222,11 +221,12 @@ def gemm_configs(
 ) -> list[tuple[GroupedGemmProblem, GroupedGemmConfig | Sm90Config]]:
     """Return problem and configuration of the two GEMMs."""
     dtype, gated = str(spec.weights.dtype), spec.activation.gated
+    portable = not spec.runs_sm90(arch)
     problems = (
         GroupedGemmProblem(dtype, FP8 if spec.fp8 else "bfloat16", gated, True, tile, not gated),
         GroupedGemmProblem(dtype, "bfloat16", False, False, tile),
     )
     return [
-        (problem, select_gemm(problem, arch, max_smem_bytes, portable=spec.portable))
+        (problem, select_gemm(problem, arch, max_smem_bytes, portable=portable))
         for problem in problems
     ]

@@ -33,6 +33,18 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
 
+_SM90_GROUPED_GEMM = _struct(
+    ("a_map", TENSOR_MAP),
+    ("w_map", TENSOR_MAP),
+    *_fields(_POINTER, "a a_scale w_scale out out_scale token_idx tile_expert"),
+    *_fields(_POINTER, "expert_offsets tokens_per_expert num_tiles"),
+    *_fields(_I64, "a_scale_row_stride a_scale_block_stride"),
+    *_fields(_I64, "out_scale_row_stride out_scale_block_stride"),
+    *_fields(_I32, "n k_bytes tile num_column_tiles w_scale_rows first_half"),
+    *_fields(_I32, "first_scale_row second_scale_row block_major"),
+    ("activation", _ACTIVATION),
+)
+
 PARAMS: dict[str, np.dtype] = {
     "routing_topk": _struct(
         *_fields(_POINTER, "logits bias ids weights replay"),
@@ -90,15 +102,6 @@ PARAMS: dict[str, np.dtype] = {
         *_fields(_I32, "b_scale_rows gate_scale_row up_scale_row num_column_tiles"),
         ("activation", _ACTIVATION),
     ),
-    "sm90_fp8_grouped_gemm": _struct(
-        ("a_map", TENSOR_MAP),
-        ("w_map", TENSOR_MAP),
-        *_fields(_POINTER, "a a_scale w_scale out out_scale token_idx tile_expert"),
-        *_fields(_POINTER, "expert_offsets tokens_per_expert num_tiles"),
-        *_fields(_I64, "a_scale_row_stride a_scale_block_stride"),
-        *_fields(_I64, "out_scale_row_stride out_scale_block_stride"),
-        *_fields(_I32, "n k tile num_column_tiles w_scale_rows first_half"),
-        *_fields(_I32, "first_scale_row second_scale_row block_major"),
-        ("activation", _ACTIVATION),
-    ),
+    "sm90_bf16_grouped_gemm": _SM90_GROUPED_GEMM,
+    "sm90_fp8_grouped_gemm": _SM90_GROUPED_GEMM,
 }

@@ -6,6 +6,7 @@ device: the caller says how much shared memory a block may have.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ROW_BYTES = 128  # bytes of k per pipeline stage
@@ -149,74 +150,112 @@ def select_tile(num_slots: int, num_local_experts: int, dtype: str) -> int:
 
 SM90_ARCH = "sm_90a"
 SM90_SMEM_BYTES = 232448
-SM90_MAX_BLOCK_N = 112  # two accumulators, the running product and the scales fill the registers
 SM90_MAX_STAGES = 6
+SM90_CHUNK_BYTES = 32 * 128  # finished rows on their way out: 64 bf16 columns of 32 tokens
+SM90_MAX_BLOCK_N = {"bfloat16": 192, "float8_e4m3fn": 88}  # accumulators and products in registers
+SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4}  # fp8 takes two at a time
 
 
 @dataclass(frozen=True)
 class Sm90Config:
-    """Tile sizes of ``sm90_fp8_grouped_gemm``: names as the kernel's compile-time constants.
+    """Tile sizes of the Hopper grouped GEMMs: names as the kernels' compile-time constants.
 
     A block takes up to `block_n` tokens; the `cluster` blocks that share weights take a row tile.
+    `num_chunks` buffers of finished rows lie between each consumer and its writer.
     """
 
     block_n: int
     num_stages: int
+    num_chunks: int
     cluster: int = 1
 
 
-def sm90_smem_bytes(config: Sm90Config, gated: bool) -> int:
-    """Return the dynamic shared memory of a block, the kernel's ``Smem`` rounded up to 1 KB."""
-    n, stages = config.block_n, config.num_stages
-    staging = n * 144 if gated else 2 * 64 * 144
-    floats = stages * (n + 2) + 8 * n + n
-    size = stages * (2 * 128 + n) * ROW_BYTES + staging + 4 * floats + 16 * stages
-    return -(-size // 1024) * 1024
+def sm90_smem_bytes(config: Sm90Config, problem: GroupedGemmProblem) -> int:
+    """Return the dynamic shared memory of a block, the kernel's ``Smem``."""
+    n, stages, chunks = config.block_n, config.num_stages, config.num_chunks
+    size = stages * (2 * 128 + n) * ROW_BYTES + 2 * chunks * SM90_CHUNK_BYTES
+    size += 8 * (2 * stages + 4 * chunks)
+    if problem.dtype == "float8_e4m3fn":
+        requantised = n if problem.gated else 2
+        size += 4 * (stages * 2 * 16 * (-(-n // 16) | 1) + 10 * requantised) + 8 * stages
+    return -(-size // 16) * 16
 
 
-def select_sm90_config(tile: int, gated: bool) -> Sm90Config:
-    """Return the deepest pipeline that fits row tiles of up to `tile` tokens.
+def _sm90_chunks(block_n: int, problem: GroupedGemmProblem) -> tuple[int, int]:
+    """Return the fewest and the most chunk buffers that are of use."""
+    if problem.output_dtype == "float8_e4m3fn":  # the staging of requantised rows lies there
+        fewest = -(-block_n * 144 // (2 * SM90_CHUNK_BYTES))
+        return fewest, -(-block_n * 512 // (2 * SM90_CHUNK_BYTES))  # the swap of gate and up
+    if problem.gather:
+        return 1, 1
+    return 1, -(-block_n // 32) * (1 if problem.gated else 2)
+
+
+def select_sm90_config(problem: GroupedGemmProblem) -> Sm90Config:
+    """Return the deepest pipeline for a problem's row tiles, then the most chunks that fit.
+
+    A tile higher than one block can take is shared by a cluster of two.
 
     Raises
     ------
     ValueError
         If no block can take such a tile.
     """
-    if tile in sm90_tiles():
-        for stages in range(SM90_MAX_STAGES, 1, -1):
-            config = Sm90Config(tile, stages)
-            if sm90_smem_bytes(config, gated) <= SM90_SMEM_BYTES:
+    heights = sm90_tiles(problem.dtype)
+    if problem.tile not in heights:
+        raise ValueError(f"tile: expected one of {heights}, got {problem.tile}")
+    cluster = 1 if problem.tile <= SM90_MAX_BLOCK_N[problem.dtype] else 2
+    block_n = problem.tile // cluster
+    fewest, most = _sm90_chunks(block_n, problem)
+    fewest = min(most, max(fewest, 2))
+    for stages in range(SM90_MAX_STAGES, 1, -1):
+        for chunks in range(most, fewest - 1, -1):
+            config = Sm90Config(block_n, stages, chunks, cluster)
+            if why_illegal_sm90(config, problem) is None:
                 return config
-    raise ValueError(f"tile: expected one of {sm90_tiles()}, got {tile}")
+    raise AssertionError(f"no configuration for {problem}")
 
 
 def why_illegal_sm90(config: Sm90Config, problem: GroupedGemmProblem) -> str | None:
     """Return why the Hopper kernel cannot run `problem` with `config`, or None if it can."""
     if config.cluster not in (1, 2):
         return f"cluster = {config.cluster}: expected 1 or 2"
-    if config.block_n not in sm90_tiles():
-        return f"block_n = {config.block_n}: expected one of {sm90_tiles()}"
+    blocks = sm90_block_heights(problem.dtype)
+    if config.block_n not in blocks:
+        return f"block_n = {config.block_n}: expected one of {blocks}"
     if config.block_n * config.cluster < problem.tile:
         return f"{config.cluster} blocks of {config.block_n} do not hold a tile of {problem.tile}"
-    if config.num_stages < 2:
-        return f"num_stages = {config.num_stages}: the pipeline needs 2"
-    needed = sm90_smem_bytes(config, problem.gated)
+    least = SM90_MIN_STAGES[problem.dtype]
+    if config.num_stages < least:
+        return f"num_stages = {config.num_stages}: the pipeline needs {least}"
+    fewest, _ = _sm90_chunks(config.block_n, problem)
+    if config.num_chunks < fewest:
+        return f"num_chunks = {config.num_chunks}: the epilogue needs {fewest}"
+    needed = sm90_smem_bytes(config, problem)
     if needed > SM90_SMEM_BYTES:
         return f"{needed} bytes of shared memory: a block may have {SM90_SMEM_BYTES}"
     return None
 
 
-def sm90_tiles() -> tuple[int, ...]:
-    """Return the row tile heights of the Hopper kernels: whole boxes of tokens."""
-    return (*range(8, 65, 8), *range(80, SM90_MAX_BLOCK_N + 1, 16))
+def sm90_block_heights(dtype: str) -> tuple[int, ...]:
+    """Return the tokens a block of the Hopper kernels can take."""
+    most = SM90_MAX_BLOCK_N[dtype]
+    return tuple(h for h in (*range(8, 65, 8), 72, 80, 88, *range(96, 193, 16)) if h <= most)
+
+
+def sm90_tiles(dtype: str) -> tuple[int, ...]:
+    """Return the row tile heights of the Hopper kernels: of one block, or of a pair."""
+    one = sm90_block_heights(dtype)
+    # NOTE: pairs of higher blocks have too few stages and chunks beside them to be of use.
+    return one + tuple(2 * height for height in one if one[-1] < 2 * height <= 288)
 
 
 def runs_sm90(problem: GroupedGemmProblem) -> bool:
-    """Tell whether ``sm90_fp8_grouped_gemm`` runs a problem: those of a layer's two GEMMs."""
-    output = "float8_e4m3fn" if problem.gated else "bfloat16"
-    fp8 = problem.dtype == "float8_e4m3fn"
-    runs = fp8 and problem.output_dtype == output and problem.tile in sm90_tiles()
-    return runs and not problem.activated
+    """Tell whether a Hopper kernel runs a problem: those of a layer's two GEMMs."""
+    if problem.dtype not in SM90_MAX_BLOCK_N or problem.tile not in sm90_tiles(problem.dtype):
+        return False
+    output = problem.dtype if problem.gated else "bfloat16"
+    return problem.output_dtype == output and not problem.activated
 
 
 def select_gemm(
@@ -230,23 +269,34 @@ def select_gemm(
         If no configuration can run the problem.
     """
     if not portable and arch == SM90_ARCH and runs_sm90(problem):
-        return select_sm90_config(problem.tile, problem.gated)
+        return select_sm90_config(problem)
     return select_config(problem, max_smem_bytes)
 
 
-def select_sm90_tile(num_slots: int, num_experts: int) -> int:
+def select_sm90_tile(num_slots: int, num_experts: int, dtype: str) -> int:
     """Return the tile height for the mean number of rows an expert gets.
 
-    Tokens are the n of the wgmma, in steps of eight, and an expert's rows are split evenly, so the
-    height is that of the parts into which an expert with the mean and 2 standard deviations more
-    (of a uniform draw) is cut.
+    The one with the least expected work: of an expert with normally distributed rows (a uniform
+    draw), the tiles it is cut into times what the blocks of a tile cost, which is their tokens
+    and a part that does not depend on them.
 
-    H200, DeepSeek-V3, both GEMMs in us at the heights tried:
-    T = 16384 (mean 512): 112 16962, 96 19052. T = 4096 (128): 80 5127, 64 5283, 96 6201, 112 6886.
-    T = 512 (16): 24 2678, 32 2680. T = 64 (2): 8 2291, 16 2286. The last two are ties.
+    H200, both GEMMs in us at the heights tried. fp8: DeepSeek-V3 T = 16384 (mean 512): 176 12765,
+    144 14295, 160 15265, 88 15320; T = 4096 (128): 144 3872, 160 3892, 176 4059, 80 4233; T =
+    1024 (32): 48 2730, 96 2835; T = 512 (16): 24, 32, 48 alike; Mixtral T = 4096 (1024): 176
+    3010, 88 3108, 160 3204; Qwen3 T = 4096 (256): 144 513, 160 520, 176 537. bf16: DeepSeek-V3 T
+    = 16384: 288 18975, 192 20154, 176 20348, 256 21289; T = 4096: 160 6082, 144 6352, 288 9240;
+    Mixtral T = 4096: 176 4276, 288 4313, 192 4336; Qwen3 T = 16384 (1024): 176 1992, 192 2093,
+    288 2112.
     """
     mean = num_slots / max(num_experts, 1)
-    likely = mean + 2 * mean**0.5
-    parts = max(1, -(-likely // SM90_MAX_BLOCK_N))
-    heights = sm90_tiles()
-    return next((height for height in heights if likely <= height * parts), heights[-1])
+    fixed = {"bfloat16": 40, "float8_e4m3fn": 54}[dtype]  # tokens that cost as much
+    alone = {"bfloat16": 1.1, "float8_e4m3fn": 1.19}[dtype]  # of a block without a partner
+
+    def cost(height: int) -> float:
+        tiles = 1.0
+        for row in range(height, int(mean + 6 * mean**0.5) + 1, height):
+            tiles += 0.5 * math.erfc((row - mean) / (2 * mean) ** 0.5)
+        pair = height > SM90_MAX_BLOCK_N[dtype]
+        return tiles * (height + 2 * fixed if pair else alone * (height + fixed))
+
+    return min(sm90_tiles(dtype), key=cost)

@@ -13,7 +13,13 @@ from cumoe import Activation, ExpertWeights, Quantized, Routing, custom_activati
 from cumoe import custom_activation as custom
 from cumoe.config import check_choice
 from cumoe.formulas import ACTIVATIONS
-from cumoe.kernels_activation import BLOCKS_PER_SM, UNITS_PER_BLOCK, activation_spec, select_rows
+from cumoe.kernels_activation import (
+    BLOCKS_PER_SM,
+    UNITS_PER_BLOCK,
+    WAVES,
+    activation_spec,
+    select_rows,
+)
 from cumoe.launch import LaunchError
 from cumoe.reference import activation as twin
 from tests import brute_force
@@ -202,12 +208,12 @@ def _quantized_halves(w, sides):
 
 class TestRowsOfAUnit:
     def test_every_sm_stays_busy(self):
-        """More rows only where the grid still has its full number of blocks on every SM."""
+        """More rows only where every group of lanes still has its number of units."""
         for element_bytes, table in BLOCKS_PER_SM.items():
-            chosen = [select_rows(n, 16, element_bytes, 16, 132) for n in range(0, 40_000, 7)]
+            chosen = [select_rows(n, 16, element_bytes, 16, 132) for n in range(0, 120_000, 7)]
             assert chosen == sorted(chosen) and set(chosen) == set(table)
-            for rows, num_rows in zip(chosen, range(0, 40_000, 7), strict=True):
-                full = table[rows] * UNITS_PER_BLOCK * 132
+            for rows, num_rows in zip(chosen, range(0, 120_000, 7), strict=True):
+                full = WAVES * table[rows] * UNITS_PER_BLOCK * 132
                 assert rows == 1 or -(-num_rows // rows) * 16 >= full
         assert select_rows(1 << 20, 16, 1, 16, 132) == 4
         assert select_rows(1 << 20, 16, 1, 16, 132 * 10_000) == 1

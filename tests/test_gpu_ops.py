@@ -260,38 +260,88 @@ class TestGroupedGemm:
 
 
 HOPPER_PROBLEMS = [
-    GroupedGemmProblem(FP8.name, FP8.name if gated else "bfloat16", gated, gather, tile)
+    GroupedGemmProblem(dtype, dtype if gated else "bfloat16", gated, gather, tile)
+    for dtype in ("bfloat16", FP8.name)
     for gated, gather in itertools.product((False, True), repeat=2)
-    for tile in tuning.sm90_tiles()
+    for tile in tuning.sm90_tiles(dtype)
 ]
 
 
 def hopper_configs(problem: GroupedGemmProblem) -> list[Any]:
     """Return the preferred configuration, a shallow one, and two blocks that share weights."""
-    first = tuning.select_sm90_config(problem.tile, problem.gated)
-    pair = tuning.select_sm90_config(min(problem.tile, 64), problem.gated)
-    return [first, replace(first, num_stages=2), replace(pair, cluster=2)]
+    first = tuning.select_sm90_config(problem)
+    shallow = replace(first, num_stages=tuning.SM90_MIN_STAGES[problem.dtype])
+    chunks = range(1, first.num_chunks + 1)
+    shallow = next(
+        config
+        for config in (replace(shallow, num_chunks=count) for count in chunks)
+        if tuning.why_illegal_sm90(config, problem) is None
+    )
+    pairs = [replace(first, cluster=2)] if first.cluster == 1 else []
+    return list(dict.fromkeys([first, shallow, *pairs]))
 
 
 @pytest.fixture(scope="module")
 def hopper_kernels() -> None:
-    """Compile every configuration of Hopper's kernel in parallel, if the GPU can run it."""
+    """Compile every configuration of Hopper's kernels in parallel, if the GPU can run them."""
     if current_device().arch != tuning.SM90_ARCH:
         pytest.skip(f"needs an {tuning.SM90_ARCH} GPU, found {current_device().arch}")
     precompile(
-        kernels_sm90.grouped_gemm_spec(config, gated=problem.gated, gather=problem.gather)
+        kernels_sm90.grouped_gemm_spec(problem, config)
         for problem in HOPPER_PROBLEMS
         for config in hopper_configs(problem)
     )
 
 
 @pytest.mark.usefixtures("hopper_kernels")
-@pytest.mark.parametrize("problem", HOPPER_PROBLEMS, ids=name_of)
-def test_hopper_grouped_gemm(rng, problem):
-    configs = hopper_configs(problem)
-    for config in configs:
-        assert tuning.why_illegal_sm90(config, problem) is None
-    check_problem(rng, problem, configs, "wgmma")
+class TestHopperGroupedGemm:
+    @pytest.mark.parametrize("problem", HOPPER_PROBLEMS, ids=name_of)
+    def test_every_tile(self, rng, problem):
+        configs = hopper_configs(problem)
+        for config in configs:
+            assert tuning.why_illegal_sm90(config, problem) is None
+        # Sums of bf16 products are as exact as mma's; those of fp8 products are not.
+        check_problem(rng, problem, configs, "twin" if problem.dtype == "bfloat16" else "wgmma")
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", FP8.name])
+    @pytest.mark.parametrize("stages", [1, 2, 3, 5, 6, 7, 13])
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("tile", [24, 96])
+    def test_depths(self, rng, tile, gated, stages, dtype):
+        """Odd and even numbers of stages, fewer and more than the ring has; the last one a tail."""
+        fp8 = dtype == FP8.name
+        out_dtype = dtype if gated else "bfloat16"
+        k = (128 if fp8 else 64) * stages - (16 if stages > 1 else 0)
+        counts = [0, 1, 70, 8, 97, 23]
+        ids = rng.permutation(np.repeat(np.arange(6, dtype=np.int32), counts))[:, None].copy()
+        p = cumoe.group(ids, num_experts=6, tile=tile)
+        x: Any = rng.standard_normal((len(ids), k), np.float32)
+        w: Any = rng.standard_normal((6, 288, k), np.float32) / np.float32(np.sqrt(k))
+        if fp8:
+            x, w = cumoe.quantize_fp8_block(x), cumoe.quantize_fp8_block_weights(w)
+            # Gate and up have blocks of scales of their own.
+            rows = 4 if gated else w.scale.shape[1]
+            scale = rng.uniform(0.5, 2, (6, rows, w.scale.shape[2])) * w.scale.mean()
+            w = Quantized(w.values, scale.astype(np.float32), block=(128, 128))
+        else:
+            x, w = x.astype(BF16), w.astype(BF16)
+        options: dict[str, Any] = {
+            "gate_up_order": "up_gate" if gated else None,
+            "out_dtype": out_dtype,
+        }
+        want: Any = cumoe.grouped_gemm(x, w, p, **options)
+        arguments = [to_backend(a, "cupy") for a in (x, w, p)]
+        problem = GroupedGemmProblem(dtype, out_dtype, gated, True, tile)
+        assert tuning.runs_sm90(problem)
+        got: Any = cumoe.grouped_gemm(*arguments, **options)
+        if out_dtype == FP8.name:
+            got, want = dequantized(got), dequantized(want)
+        valid = np.flatnonzero(p.token_idx >= 0)
+        experts = np.searchsorted(p.expert_offsets, valid, side="right") - 1
+        kind = "wgmma" if fp8 else "twin"
+        assert_close_blocks(
+            to_host(got)[valid], want[valid], f"{out_dtype} {kind}", experts=experts
+        )
 
 
 class TestFinalize:

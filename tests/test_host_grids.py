@@ -178,6 +178,16 @@ class TestFlags:
         with pytest.raises(loader.HostError, match=r"kernel probe, grid \d, .* makes no progress"):
             run(body, ranks=2, seconds=1)
 
+    def test_endless_polls_of_whole_warps(self, run):
+        """Warp operations in the loop are no progress either."""
+        body = "while (!__all_sync(0xffffffffu, ptx::ld_acquire_sys(p.flags) == 1)) {}"
+        with pytest.raises(loader.HostError, match=r"(?s)deadlock:.*grid 0.*grid 1.*probe.cu:1"):
+            run(body, ranks=2)
+
+    def test_endless_barriers(self, run):
+        with pytest.raises(loader.HostError, match=r"kernel probe, grid \d, .* makes no progress"):
+            run("while (ranks) __syncthreads();", ranks=2, seconds=1)
+
 
 class TestPayload:
     """All-reduce by polling the payload itself: three buffers in turn, no flags."""

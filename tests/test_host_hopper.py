@@ -88,6 +88,32 @@ class TestMBarrier:
         with pytest.raises(loader.HostError, match=message):
             probe(body)
 
+    def test_try_wait(self, probe):
+        """Gives up, so that its loop may do other work, and tells when the phase is complete."""
+        body = (
+            INIT
+            + """
+  volatile int* word = reinterpret_cast<int*>(smem);
+  if (i == 0) {
+    while (!ptx::mbarrier_try_wait_parity(barrier + 8, 0, 0)) *word += 1;
+    p.out[0] = *word > 0;
+  } else if (i >= 32) {
+    if (i == 32) {
+      while (*word == 0) __nanosleep(1);
+    }
+    ptx::mbarrier_arrive(barrier + 8);
+  }"""
+        )
+        start = "if (i == 0) *reinterpret_cast<int*>(smem) = 0;"
+        assert some_fail(probe, start + body, [1] + [-7] * 127) == 0
+        with pytest.raises(loader.HostError, match="mbarrier try_wait"):
+            probe(start + body.replace("i == 32", "i >= 32").replace("*word += 1", ""))
+        with pytest.raises(loader.HostError, match="parity 2"):
+            probe(INIT + "ptx::mbarrier_try_wait_parity(barrier, 2, 0);")
+
+    def test_opaque(self, probe):
+        assert probe("*ptx::opaque(p.out + i) = i;").tolist() == list(range(128))
+
     def test_copies_arrive(self, probe):
         """cp.async.mbarrier.arrive.noinc arrives when the thread's copies have landed."""
         body = """
@@ -256,7 +282,7 @@ class TestCluster:
   if (i < 64) {
     const uint32_t other = (rank + 1) % 3;
     static_cast<int*>(cumoe_host::cluster_pointer(data, other, 256, {}))[i] = 100 * rank + i;
-    ptx::mbarrier_arrive_cluster(barrier, other);
+    ptx::mbarrier_arrive_cluster(ptx::mapa(barrier, other));
   }
   ptx::mbarrier_wait(barrier, 0);
   if (i < 42) p.out[42 * rank + i] = word[63 - i];
@@ -267,6 +293,26 @@ class TestCluster:
         # A block that ends while others still write to it.
         early = good.replace("ptx::mbarrier_wait(barrier, 0);\n", "if (rank == 1) return;\n")
         assert some_fail(probe, early.replace("ptx::cluster_sync();", "", 1), [], cluster=3) == 12
+
+    def test_own_address(self, probe):
+        """An address of the block itself names it in the cluster too."""
+        body = """
+  if (i == 0) ptx::mbarrier_init(barrier, 128);
+  ptx::cluster_sync();
+  const uint32_t own = ptx::mapa(barrier, ptx::cluster_rank());
+  ptx::mbarrier_arrive_cluster(i % 2 ? own : barrier);
+  ptx::mbarrier_wait(barrier, 0);
+  p.out[i + 128 * ptx::cluster_rank()] = i;
+  ptx::cluster_sync();"""
+        expected = list(range(128)) * 2
+        assert some_fail(probe, body, expected, n=256, cluster=2) == 0
+        for old, new, message in (
+            ("ptx::cluster_rank());\n", "2);\n", "mapa of block 2 in a cluster of 2"),
+            ("mbarrier_arrive_cluster(i", "mbarrier_arrive(i", "is not initialised"),
+            ("mapa(barrier,", "mapa(barrier + 8,", "is not initialised"),
+        ):
+            with pytest.raises(loader.HostError, match=message):
+                probe(body.replace(old, new), n=256, cluster=2)
 
     def test_multicast(self, probe):
         x = np.random.default_rng(1).integers(0, 256, (16, 128)).astype(np.uint8)

@@ -17,7 +17,10 @@ MAX_SEEDS = 12
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` becomes `new` in a file, at its `nth` occurrence; the kernel's cases must notice."""
+    """`old` becomes `new` in a file, at its `nth` occurrence; the kernel's cases must notice.
+
+    A line moves when `moved` names the text before which it is put instead.
+    """
 
     file: str
     old: str
@@ -25,19 +28,33 @@ class Mutation:
     kernel: str = ""
     case: str = ""  # the one case to run; by default all until one fails
     nth: int = 0
+    moved: str = ""
 
     def apply(self) -> str:
         """Return the changed text."""
         parts = (KERNEL_DIR / self.file).read_text().split(self.old)
         assert len(parts) > self.nth + 1, f"{self.file}: {self.old!r} does not occur"
         head, tail = parts[: self.nth + 1], parts[self.nth + 1 :]
-        return self.old.join(head) + self.new + self.old.join(tail)
+        text = self.old.join(head) + self.new + self.old.join(tail)
+        if self.moved:
+            assert text.count(self.moved) == 1, f"{self.file}: {self.moved!r} is not there once"
+            text = text.replace(self.moved, f"{self.old} {self.moved}")
+        return text
 
 
 BARRIER, WARP_SYNC = "__syncthreads();", "__syncwarp();"
-GEMM, SM90 = "sm80_grouped_gemm.cu", "sm90_fp8_grouped_gemm.cu"
-EMPTY_WAIT = "ptx::mbarrier_wait(ptx::smem_address(&smem.empty[ring.stage]), ring.phase ^ 1);"
-DEEP = "two stages, one block, several tiles"
+GEMM, SM90 = "sm80_grouped_gemm.cu", "sm90_grouped.cuh"
+FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_bf16_grouped_gemm"
+SM90_FP8, SM90_BF16 = f"{FP8}.cu", f"{BF16}.cu"
+EMPTY_WAIT = "ring.wait(smem.empty, ring.phase ^ 1);"
+RELEASE = "in.release(previous, lane);"
+CONSUMERS_MEET = "ptx::named_barrier_sync(1, kConsumerThreads);"
+GROUP_MEETS = "ptx::named_barrier_sync(2 + group, 128);"
+CLUSTER_STARTS = "CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();"
+CLUSTER_ENDS = "if constexpr (CLUSTER > 1) ptx::cluster_sync();"
+DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
+SHORT = "one block, several tiles, short k"
+IDLE = "clusters, a block without rows"
 
 MUTATIONS = {
     # Removed block barriers, every one there is.
@@ -220,38 +237,158 @@ MUTATIONS = {
     ),
     # Hopper's pipeline: waits, phases, bytes, arrivals.
     "sm90: wait for full": Mutation(
-        SM90, "ptx::mbarrier_wait(ptx::smem_address(&smem.full[ring.stage]), ring.phase);", "",
-        case="plain",
+        SM90, "ptx::mbarrier_wait(full + 8 * ring.slot, ring.phase);", "", FP8, case="plain"
     ),
-    "sm90: wait for empty, weights": Mutation(SM90, EMPTY_WAIT, "", case=DEEP),
-    "sm90: wait for empty, tokens": Mutation(SM90, EMPTY_WAIT, "", case=DEEP, nth=1),
-    "sm90: wait for empty, scales": Mutation(SM90, EMPTY_WAIT, "", case=DEEP, nth=3),
-    "sm90: phase": Mutation(SM90, "stage = 0, phase ^= 1", "stage = 0", case=DEEP),
-    "sm90: bytes": Mutation(SM90, "boxes * kBoxRows * 128", "boxes * kBoxRows * 64", case="plain"),
-    "sm90: arrivals": Mutation(SM90, "kConsumers * 4 * CLUSTER)", "kConsumers * 4)",
-                               case="clusters, gated"),
-    "sm90: multicast": Mutation(SM90, "full, 0x3,", "full, 0x1,", case="clusters, gated"),
-    "sm90: gathered swizzle": Mutation(SM90, "(chunk ^ first)", "chunk", case="gated"),
-    "sm90: gathered tail": Mutation(SM90, "< p.k ? 16 : 0", "< p.k ? 16 : 16"),
-    "sm90: scale barrier": Mutation(
-        SM90, "ptx::named_barrier_sync(1, kConsumerThreads);", "", case="gated"
+    "sm90: wait for empty, TMA": Mutation(SM90, EMPTY_WAIT, "", FP8, case=DEEP),
+    "sm90: wait for empty, gathered": Mutation(SM90, EMPTY_WAIT, "", FP8, case=DEEP_GATED, nth=1),
+    "sm90: wait for empty, scales": Mutation(SM90_FP8, EMPTY_WAIT, "", case=DEEP),
+    "sm90: wait for gathered": Mutation(
+        SM90_FP8, "ring.wait(smem.landed, ring.phase);", "", case="gated"
     ),
-    "sm90: staging barrier": Mutation(
-        SM90, "ptx::named_barrier_sync(1, kConsumerThreads);", "", case="gated", nth=2
+    "sm90: phase": Mutation(SM90, "slot = 0, phase ^= 1", "slot = 0", FP8, case=DEEP),
+    "sm90: bytes": Mutation(
+        SM90, "boxes * kBoxRows * 128", "boxes * kBoxRows * 64", FP8, case="plain"
     ),
-    "sm90: staging barrier, bf16": Mutation(
-        SM90, "ptx::named_barrier_sync(2 + group, 128);", "", case="plain"
+    "sm90: arrivals on full": Mutation(SM90, "1 + arrivals", "arrivals", FP8, case="plain"),
+    "sm90: arrivals on empty": Mutation(
+        SM90, "kConsumers * 4 * CLUSTER)", "kConsumers * 4)", FP8, case="clusters, gated"
     ),
-    "sm90: staging reused": Mutation(
-        SM90, "ptx::named_barrier_sync(2 + group, 128);", "", case=DEEP, nth=1
+    "sm90: arrivals on staged": Mutation(
+        SM90, "&staged[g][c]), 4)", "&staged[g][c]), 3)", FP8, case="plain"
     ),
-    "sm90: rows": Mutation(SM90, "row >= tile.rows || ", "", case="plain"),
-    "sm90: columns": Mutation(SM90, " || column0 + column >= p.n", "", case="plain"),
-    "sm90: halves": Mutation(SM90, "p.first_half ^ h", "p.first_half", case="gated"),
+    "sm90: gathered arrivals": Mutation(
+        SM90_FP8, "smem.landed[s]), kGatherThreads)", "smem.landed[s]), 32)", case="gated"
+    ),
+    "sm90: multicast": Mutation(SM90, "full, 0x3,", "full, 0x1,", FP8, case="clusters, gated"),
+    "sm90: release of the other block": Mutation(
+        SM90, "lane % CLUSTER", "0", FP8, case="clusters, plain"
+    ),
+    "sm90: release before the product": Mutation(
+        SM90_FP8, RELEASE, "", case=DEEP, moved="add(0, false);"
+    ),
     "sm90: cluster starts together": Mutation(
-        SM90, "CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();", "__syncthreads();",
-        case="clusters, gated",
+        SM90_FP8, CLUSTER_STARTS, "__syncthreads();", case="clusters, gated"
     ),
+    "sm90: cluster ends together": Mutation(SM90_FP8, CLUSTER_ENDS, "", case=IDLE),
+    # Its loads and stores.
+    "sm90: halves": Mutation(SM90, "p.first_half ^ h", "p.first_half", FP8, case="gated"),
+    "sm90: half past the first": Mutation(
+        SM90, "tile.column_tile * 256 + h * 128;", "tile.column_tile * 256;", FP8, case="plain"
+    ),
+    "sm90: block-major": Mutation(
+        SM90, "p.block_major ? 0 : step * 128", "step * 128", FP8, case="block-major"
+    ),
+    "sm90: gathered swizzle": Mutation(SM90, "(chunk ^ first % 8)", "chunk", FP8, case="gated"),
+    "sm90: gathered swizzle, passes": Mutation(
+        SM90, "(offset ^ kRows % 8 << 4)", "offset", BF16, case="gated interleaved"
+    ),
+    "sm90: gathered tail": Mutation(SM90, "< p.k_bytes ? 16 : 0", "< p.k_bytes ? 16 : 16", FP8),
+    "sm90: rounded rows": Mutation(
+        SM90, "row < tile.rows ? row : 0", "row", BF16, case="one token"
+    ),
+    "sm90: rows": Mutation(
+        SM90, "if (token0 + token >= tile.rows) break;", "", FP8, case="every remainder"
+    ),
+    "sm90: columns": Mutation(SM90, "if (column >= p.n) return;", "", FP8, case="plain"),
+    "sm90: rows, fp8": Mutation(
+        SM90_FP8, "i < tile.rows * 8", "i < tile.groups() * 64", case="every remainder, gated"
+    ),
+    "sm90: columns, fp8": Mutation(
+        SM90_FP8, "if (column0 + column >= p.n) continue;", "", case="gated"
+    ),
+    "sm90: rows of the blocks": Mutation(
+        SM90, "* CLUSTER + rank) * height", "+ rank) * height", FP8, case=IDLE
+    ),
+    "sm90: staged": Mutation(
+        SM90, "ring.wait(smem.staged[group], ring.phase);", "", FP8, case="plain"
+    ),
+    "sm90: drained": Mutation(
+        SM90, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
+        FP8, case=DEEP,
+    ),
+    "sm90: staged for the group": Mutation(SM90, GROUP_MEETS, "", FP8, case="plain, gathered"),
+    "sm90: drained by the group": Mutation(
+        SM90, GROUP_MEETS, "", FP8, case="plain, gathered", nth=1
+    ),
+    # Its products, scales and fp8 rows.
+    "sm90: fence": Mutation(SM90_FP8, "wgmma::fence();", "", case="plain"),
+    "sm90: commit": Mutation(SM90_FP8, "wgmma::commit();", "", case="plain"),
+    "sm90: wait for the first product": Mutation(
+        SM90_FP8, "wgmma::wait<1>();", "wgmma::wait<2>();", case="plain"
+    ),
+    "sm90: wait for the second product": Mutation(
+        SM90_FP8, "wgmma::wait<1>();", "wgmma::wait<2>();", case="plain", nth=1
+    ),
+    "sm90: wait for the last product": Mutation(
+        SM90_FP8, "wgmma::wait<0>();", "wgmma::wait<1>();", case="plain"
+    ),
+    "sm90: scales loaded ahead": Mutation(
+        SM90_FP8, "load(kAhead, step + kAhead)", "load(kAhead, step + 1)", case="gated"
+    ),
+    "sm90: scales of the first stage": Mutation(
+        SM90_FP8, "scales[v] = first[v];", "scales[v] = scales[v];", case="plain"
+    ),
+    "sm90: scales of the next stage": Mutation(
+        SM90_FP8, "if (load) scales[v] = next[v];", "", case="plain"
+    ),
+    "sm90: scales of the stage after a pair": Mutation(
+        SM90_FP8, "add(1, s < STAGES || more);", "add(1, s < STAGES);", case="gated"
+    ),
+    "sm90: scale rows of gate and up": Mutation(
+        SM90_FP8, "h == 0 ? p.first_scale_row", "h == 1 ? p.first_scale_row", case="gated"
+    ),
+    "sm90: scale rows of the tile": Mutation(
+        SM90_FP8, "tile.column_tile * (GATED ? 1 : 2)", "tile.column_tile", case="plain"
+    ),
+    "sm90: swap of gate and up": Mutation(SM90_FP8, "(thread ^ 128)", "thread", case="gated"),
+    "sm90: which group has the gate": Mutation(
+        SM90_FP8, "if (group == 0) {", "if (group == 1) {", case="gated"
+    ),
+    "sm90: before the swap": Mutation(SM90_FP8, CONSUMERS_MEET, "", case=SHORT),
+    "sm90: within the swap": Mutation(SM90_FP8, CONSUMERS_MEET, "", case="gated", nth=1),
+    "sm90: after the largest": Mutation(SM90_FP8, CONSUMERS_MEET, "", case="gated", nth=2),
+    "sm90: after the scale": Mutation(SM90_FP8, CONSUMERS_MEET, "", case="gated", nth=3),
+    "sm90: after the staging": Mutation(SM90_FP8, CONSUMERS_MEET, "", case="gated", nth=4),
+    # What differs in bf16.
+    "sm90 bf16: wait for full": Mutation(
+        SM90, "ptx::mbarrier_wait(full + 8 * ring.slot, ring.phase);", "", BF16, case="plain"
+    ),
+    "sm90 bf16: wait for empty, TMA": Mutation(SM90, EMPTY_WAIT, "", BF16, case=DEEP),
+    "sm90 bf16: wait for empty, gathered": Mutation(
+        SM90, EMPTY_WAIT, "", BF16, case=DEEP_GATED, nth=1
+    ),
+    "sm90 bf16: gathered arrivals": Mutation(
+        SM90_BF16, "GATHER ? kGatherThreads : 0", "GATHER ? 64 : 0", case="gated"
+    ),
+    "sm90 bf16: fence": Mutation(SM90_BF16, "wgmma::fence();", "", case="plain"),
+    "sm90 bf16: wait for the stage before": Mutation(
+        SM90_BF16, "wgmma::wait<1>();", "wgmma::wait<2>();", case=DEEP
+    ),
+    "sm90 bf16: wait for the last": Mutation(
+        SM90_BF16, "wgmma::wait<0>();", "wgmma::wait<1>();", case="plain"
+    ),
+    "sm90 bf16: release before the product": Mutation(
+        SM90_BF16, "if (step > 0) in.release(previous, lane);", "",
+        case=DEEP, moved="wgmma::wait<1>();",
+    ),
+    "sm90 bf16: last release": Mutation(SM90_BF16, RELEASE, "", case=DEEP, nth=1),
+    "sm90 bf16: rows of gate and up": Mutation(
+        SM90_BF16, "GATED ? kHalfBytes : kHalfBytes / 2", "kHalfBytes / 2", case="gated"
+    ),
+    "sm90 bf16: gate and up": Mutation(
+        SM90, "activate(accum[0][i], accum[1][i], act)", "activate(accum[1][i], accum[0][i], act)",
+        BF16, case="gated",
+    ),
+    "sm90 bf16: staged for the group": Mutation(SM90, GROUP_MEETS, "", BF16, case="gated"),
+    "sm90 bf16: drained by the group": Mutation(SM90, GROUP_MEETS, "", BF16, case="gated", nth=1),
+    "sm90 bf16: drained": Mutation(
+        SM90, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
+        BF16, case=DEEP,
+    ),
+    "sm90 bf16: cluster starts together": Mutation(
+        SM90_BF16, CLUSTER_STARTS, "__syncthreads();", case="clusters, gated"
+    ),
+    "sm90 bf16: cluster ends together": Mutation(SM90_BF16, CLUSTER_ENDS, "", case=IDLE),
     # A slot of -1 written or used.
     "place: slot of -1": Mutation(
         "permute_place.cu", "if (row >= 0) p.token_idx", "p.token_idx", case="shard"

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cumoe.launch import KERNEL_DIR
 from tests.host import loader
 from tests.host.probes import SEEDS, hopper_probe
 
@@ -41,8 +42,8 @@ class TestWgmma:
   }
   ptx::fence_proxy_async();
   __syncthreads();
-  const uint64_t w0 = wgmma::descriptor(data), w1 = wgmma::descriptor(data + 8192);
-  const uint64_t a0 = wgmma::descriptor(data + 16384), a1 = wgmma::descriptor(data + 19456);
+  const uint32_t w0 = wgmma::descriptor(data), w1 = wgmma::descriptor(data + 8192);
+  const uint32_t a0 = wgmma::descriptor(data + 16384), a1 = wgmma::descriptor(data + 19456);
   float d[2][12];
   for (int k = 0; k < 24; ++k) d[k / 12][k % 12] = k < 12 ? 1.0f : 2.0f;
 """
@@ -157,12 +158,11 @@ class TestWgmma:
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            ("  __syncthreads();\n  const uint64_t", "  const uint64_t", None),
+            ("  __syncthreads();\n  const uint32_t", "  const uint32_t", None),
             ("(k / per_chunk) ^ (r % 8)", "(k / per_chunk)", None),
             ("descriptor(data + 16384)", "descriptor(data + 16512)", "not 1024-byte aligned"),
             ("descriptor(data + 19456)", "descriptor(data + 20480)", "outside the 22528 bytes"),
             ("descriptor(data + 16384)", "descriptor(data + 16384) + 1", "past the swizzled row"),
-            ("descriptor(data)", "descriptor(data) ^ uint64_t{1} << 62", "only the 128-byte"),
         ],
     )
     def test_faults_of_operands(self, probe, old, new, message):
@@ -179,6 +179,33 @@ class TestWgmma:
                 assert message is not None and re.search(message, str(error)), error
                 failures += 1
         assert failures > len(SEEDS) // 2
+
+    @pytest.mark.parametrize(
+        ("high", "message"),
+        [
+            ("wgmma::kDescriptorHigh ^ 1u << 30", "only the 128-byte swizzle has a model"),
+            ("wgmma::kDescriptorHigh + 0x3000", "outside the 1024 bytes"),
+        ],
+    )
+    def test_faults_of_the_high_word(self, probe, high, message):
+        body = f"""
+  float d[8];
+  const uint64_t w = uint64_t{{{high}}} << 32 | wgmma::descriptor(data);
+  wgmma::fence();
+  cumoe_host::wgmma_mma(cumoe_host::kWgmmaE4m3, 16, d, w, w, false, {{"probe.cu", 5}});"""
+        with pytest.raises(loader.HostError, match=f"probe.cu:5: .*{message}"):
+            probe(body, smem=1024)
+
+    def test_high_word_of_the_original(self):
+        """The model's constant is the header's, and that which its products move to a register."""
+        original = (KERNEL_DIR / "wgmma.cuh").read_text()
+        model = (loader.OVERLAY / "wgmma.cuh").read_text()
+        for name in ("kSwizzleAtomBytes", "kDescriptorHigh"):
+            line = re.compile(rf"^constexpr .* {name} = [^;]*;", re.MULTILINE)
+            assert len(line.findall(original)) == 1
+            assert line.findall(model)[:1] == line.findall(original)
+        words = re.findall(r"mov\.u32 h, (0x\w+);", original)
+        assert [int(word, 16) for word in words] == [8 * 128 >> 4 | 1 << 30]
 
     def test_too_few_warps(self, probe):
         body = """

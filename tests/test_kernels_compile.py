@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,7 @@ MAX_REGISTERS = {
     "quantize_fp8_weights": 120,
     "routing_topk": 160,
     "sm80_grouped_gemm": 255,
+    "sm90_bf16_grouped_gemm": 168,
     "sm90_fp8_grouped_gemm": 168,
     "topk_expand": 24,
 }
@@ -143,12 +145,13 @@ def epilogue_specs(arch: str) -> Iterator[Shipped]:
             config = tuning.select_config(problem, limit)
             spec = gemm_spec(problem, config, activation)
             yield Shipped(spec, tuning.smem_bytes(config, problem))
-        if dtype == FP8.name and gated and arch == tuning.SM90_ARCH:
-            for tile in (tuning.sm90_tiles()[0], tuning.sm90_tiles()[-1]):
+        if gated and arch == tuning.SM90_ARCH:
+            one = tuning.sm90_block_heights(dtype)
+            for tile in (one[0], one[-1], tuning.sm90_tiles(dtype)[-1]):
                 problem = GroupedGemmProblem(dtype, dtype, True, True, tile)
-                hopper = tuning.select_sm90_config(tile, True)
+                hopper = tuning.select_sm90_config(problem)
                 spec = gemm_spec(problem, hopper, activation)
-                yield Shipped(spec, tuning.sm90_smem_bytes(hopper, True))
+                yield Shipped(spec, tuning.sm90_smem_bytes(hopper, problem))
 
 
 def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
@@ -173,13 +176,18 @@ def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
 
 
 def hopper_specs() -> Iterator[Shipped]:
-    """Yield the Hopper grouped GEMM at every tile height, and two blocks that share weights."""
-    for gated, gather in itertools.product((False, True), repeat=2):
-        configs = [tuning.select_sm90_config(tile, gated) for tile in tuning.sm90_tiles()]
-        pair = replace(tuning.select_sm90_config(64, gated), cluster=2)
-        for config in (*configs, pair):
-            spec = kernels_sm90.grouped_gemm_spec(config, gated=gated, gather=gather)
-            yield Shipped(spec, tuning.sm90_smem_bytes(config, gated))
+    """Yield the Hopper grouped GEMMs at every tile height, and two blocks that share weights."""
+    for dtype, gated, gather in itertools.product(
+        tuning.SM90_MAX_BLOCK_N, (False, True), (False, True)
+    ):
+        for tile in tuning.sm90_tiles(dtype):
+            out = dtype if gated else "bfloat16"
+            problem = GroupedGemmProblem(dtype, out, gated, gather, tile)
+            config = tuning.select_sm90_config(problem)
+            for chosen in (config, replace(config, cluster=2)) if tile == 64 else (config,):
+                assert tuning.why_illegal_sm90(chosen, problem) is None
+                spec = kernels_sm90.grouped_gemm_spec(problem, chosen)
+                yield Shipped(spec, tuning.sm90_smem_bytes(chosen, problem))
 
 
 def shipped(arch: str) -> list[Shipped]:
@@ -208,6 +216,27 @@ def test_compiles(arch: str, item: Shipped) -> None:
     assert item.smem_bytes + resources.static_smem_bytes <= smem_limit(arch)
     if item.spec.name == "sm80_grouped_gemm":
         assert resources.static_smem_bytes <= tuning.STATIC_SMEM_BYTES
+
+
+def smallest_hopper() -> list[Shipped]:
+    """Return the lowest tile of each Hopper kernel, with either epilogue and source of rows."""
+    first: dict[tuple[object, ...], Shipped] = {}
+    for item in hopper_specs():
+        defines = dict(item.spec.defines)
+        first.setdefault((item.spec.name, defines["GATED"], defines["GATHER"]), item)
+    return list(first.values())
+
+
+@pytest.mark.parametrize("item", smallest_hopper(), ids=lambda item: item.spec.name)
+def test_hopper_shared_memory(item: Shipped, tmp_path: Path) -> None:
+    """The formula is the size of the kernel's own struct, rounded up to 16 bytes."""
+    name = item.spec.name
+    struct = "Smem" if "fp8" in name else "Shared"
+    text = (KERNEL_DIR / f"{name}.cu").read_text()
+    text += f"static_assert((sizeof({struct}) + 15) / 16 * 16 == {item.smem_bytes});\n"
+    (tmp_path / f"{name}.cu").write_text(text)
+    spec = KernelSpec(name, item.spec.defines, source_dir=tmp_path)
+    compile_cubin(spec, tuning.SM90_ARCH, use_cache=False)
 
 
 def test_every_kernel_is_compiled() -> None:

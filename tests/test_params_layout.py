@@ -67,9 +67,11 @@ def test_offsets(name: str, tmp_path: Path) -> None:
 def test_fields(name: str) -> None:
     """Padding could hide a field that only one side has, so the names are compared too."""
     source = (KERNEL_DIR / f"{name}.cu").read_text()
-    struct = re.search(r"^struct Params \{\n(.*?)^\};", source, re.MULTILINE | re.DOTALL)
-    assert struct is not None
-    declarations = re.sub(r"//.*", "", struct.group(1)).split(";")
+    headers = re.findall(r'^#include "([^"]+)"', source, re.MULTILINE)
+    texts = [source, *((KERNEL_DIR / header).read_text() for header in headers)]
+    definition = re.compile(r"^struct Params \{\n(.*?)^\};", re.MULTILINE | re.DOTALL)
+    (struct,) = [body for text in texts for body in definition.findall(text)]
+    declarations = re.sub(r"//.*", "", struct).split(";")
     names = [re.split(r"[\s*]+", line.strip())[-1] for line in declarations if line.strip()]
     assert tuple(names) == PARAMS[name].names
 

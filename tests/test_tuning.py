@@ -87,61 +87,128 @@ def test_select_tile(dtype):
 
 
 FP8_PROBLEM = GroupedGemmProblem(FP8, FP8, gated=True, gather=True, tile=64)
+BF16_PROBLEM = replace(FP8_PROBLEM, dtype=BF16, output_dtype=BF16)
+HOPPER_PROBLEMS = [
+    GroupedGemmProblem(dtype, dtype if gated else BF16, gated, gather, tile)
+    for dtype in (BF16, FP8)
+    for gated, gather in itertools.product((False, True), repeat=2)
+    for tile in tuning.sm90_tiles(dtype)
+]
 
 
 class TestHopper:
     def test_every_tile_has_a_configuration(self):
-        for gated, tile in itertools.product((False, True), tuning.sm90_tiles()):
-            problem = replace(
-                FP8_PROBLEM, gated=gated, output_dtype=FP8 if gated else BF16, tile=tile
-            )
-            config = tuning.select_sm90_config(tile, gated)
+        """The deepest pipeline there is room for, then the most chunks."""
+        for problem in HOPPER_PROBLEMS:
+            config = tuning.select_sm90_config(problem)
             assert tuning.why_illegal_sm90(config, problem) is None
+            assert config.block_n * config.cluster == problem.tile
+            one = problem.tile in tuning.sm90_block_heights(problem.dtype)
+            assert config.cluster == (1 if one else 2)
             deeper = replace(config, num_stages=config.num_stages + 1)
-            needed = tuning.sm90_smem_bytes(deeper, gated)
-            assert config.num_stages == tuning.SM90_MAX_STAGES or needed > tuning.SM90_SMEM_BYTES
+            fewest = next(
+                chunks
+                for chunks in itertools.count(1)
+                if tuning.why_illegal_sm90(replace(config, num_chunks=chunks), problem) is None
+            )
+            most = tuning._sm90_chunks(config.block_n, problem)[1]
+            assert fewest <= config.num_chunks <= most
+            if config.num_stages < tuning.SM90_MAX_STAGES:
+                # Two chunks at least, so that a consumer stages one while the other is written.
+                chunks = min(most, max(fewest, 2))
+                needed = tuning.sm90_smem_bytes(replace(deeper, num_chunks=chunks), problem)
+                assert needed > tuning.SM90_SMEM_BYTES
+            if config.num_chunks < most:
+                wider = replace(config, num_chunks=config.num_chunks + 1)
+                assert tuning.sm90_smem_bytes(wider, problem) > tuning.SM90_SMEM_BYTES
         assert tuning.SM90_SMEM_BYTES == HOPPER
+
+    def test_shared_memory(self):
+        """A ring of stages, chunks of both consumers, barriers, and what fp8 needs for scales."""
+        config = tuning.Sm90Config(block_n=64, num_stages=4, num_chunks=3)
+        common = 4 * (256 + 64) * 128 + 3 * 2 * 4096 + 8 * (2 * 4 + 4 * 3)
+        assert tuning.sm90_smem_bytes(config, BF16_PROBLEM) == common
+        # Scales: two halves of four rows of five vectors a stage; largest of 8 warps; two a row.
+        # Where nothing is requantised, room for two rows.
+        scales = 4 * (4 * 2 * 4 * 20 + 8 * 64 + 2 * 64)
+        fp8 = tuning.sm90_smem_bytes(config, FP8_PROBLEM)
+        assert fp8 == common + scales + 8 * 4
+        down = replace(FP8_PROBLEM, gated=False, output_dtype=BF16)
+        assert tuning.sm90_smem_bytes(config, down) == fp8 - 4 * 10 * (64 - 2)
 
     @pytest.mark.parametrize(
         ("problem", "config", "reason"),
         [
             ({}, {"cluster": 3}, "cluster = 3: expected 1 or 2"),
-            ({}, {"block_n": 72}, "block_n = 72: expected one of"),
+            ({}, {"block_n": 68}, "block_n = 68: expected one of"),
+            ({}, {"block_n": 96}, "block_n = 96: expected one of"),
             ({}, {"block_n": 32}, "1 blocks of 32 do not hold a tile of 64"),
             ({"tile": 112}, {"block_n": 48, "cluster": 2}, "2 blocks of 48 do not hold"),
-            ({}, {"num_stages": 1}, "num_stages = 1: the pipeline needs 2"),
-            ({}, {"num_stages": 9}, "382976 bytes of shared memory: a block may have 232448"),
+            ({}, {"num_stages": 3}, "num_stages = 3: the pipeline needs 4"),
+            ({}, {"num_chunks": 1}, "num_chunks = 1: the epilogue needs 2"),
+            ({}, {"num_stages": 9}, "393632 bytes of shared memory: a block may have 232448"),
+            ({}, {"num_chunks": 20}, "333536 bytes of shared memory: a block may have 232448"),
         ],
     )
     def test_why_illegal(self, problem, config, reason):
-        config = replace(tuning.Sm90Config(64, 3), **config)
+        config = replace(tuning.Sm90Config(64, 4, 2), **config)
         said = tuning.why_illegal_sm90(config, replace(FP8_PROBLEM, **problem))
-        assert said is not None and said.startswith(reason)
+        assert said is not None and said.startswith(reason), said
 
-    def test_no_configuration(self):
-        for tile in (0, 72, 120, 128):
+    @pytest.mark.parametrize(
+        ("config", "reason"),
+        [
+            ({"block_n": 200}, "block_n = 200: expected one of"),
+            ({"num_stages": 2}, "num_stages = 2: the pipeline needs 3"),
+            ({"num_chunks": 0}, "num_chunks = 0: the epilogue needs 1"),
+        ],
+    )
+    def test_why_illegal_bf16(self, config, reason):
+        first = tuning.Sm90Config(64, 3, 1)
+        assert tuning.why_illegal_sm90(first, BF16_PROBLEM) is None
+        said = tuning.why_illegal_sm90(replace(first, **config), BF16_PROBLEM)
+        assert said is not None and said.startswith(reason), said
+
+    @pytest.mark.parametrize("problem", [BF16_PROBLEM, FP8_PROBLEM], ids=[BF16, FP8])
+    def test_no_configuration(self, problem):
+        for tile in (0, 4, 68, 1000):
             with pytest.raises(ValueError, match=rf"tile: expected one of .*, got {tile}"):
-                tuning.select_sm90_config(tile, True)
+                tuning.select_sm90_config(replace(problem, tile=tile))
 
     def test_select_gemm(self):
-        """Hopper's own kernel runs a layer's fp8 GEMMs on Hopper, the portable one all else."""
+        """Hopper's own kernels run a layer's GEMMs on Hopper, the portable one all else."""
         select, arch = tuning.select_gemm, tuning.SM90_ARCH
-        down = replace(FP8_PROBLEM, gated=False, output_dtype=BF16)
-        for problem in (FP8_PROBLEM, down):
-            hopper = select(problem, arch, HOPPER)
-            assert hopper == tuning.select_sm90_config(64, problem.gated)
-            portable = tuning.select_config(problem, HOPPER)
-            assert select(problem, arch, HOPPER, portable=True) == portable
-            assert select(problem, "sm_100a", HOPPER) == portable
-        no_gate = replace(FP8_PROBLEM, gated=False, activated=True)
-        others = (no_gate, replace(no_gate, output_dtype=BF16))
-        for other in (PROBLEM, replace(FP8_PROBLEM, output_dtype=BF16), *others):
+        for up in (BF16_PROBLEM, FP8_PROBLEM):
+            for problem in (up, replace(up, gated=False, output_dtype=BF16)):
+                assert select(problem, arch, HOPPER) == tuning.select_sm90_config(problem)
+                portable = tuning.select_config(problem, HOPPER)
+                assert select(problem, arch, HOPPER, portable=True) == portable
+                assert select(problem, "sm_100a", HOPPER) == portable
+        for other in (
+            replace(PROBLEM, dtype="float16", output_dtype="float16"),
+            replace(PROBLEM, output_dtype="float32"),
+            replace(FP8_PROBLEM, output_dtype=BF16),
+            replace(FP8_PROBLEM, gated=False, activated=True),
+            replace(FP8_PROBLEM, gated=False, activated=True, output_dtype=BF16),
+        ):
             assert select(other, arch, HOPPER) == tuning.select_config(other, HOPPER)
         with pytest.raises(ValueError, match="tile: no grouped GEMM configuration runs"):
             select(replace(FP8_PROBLEM, tile=24), "sm_80", HOPPER)
 
-    def test_select_tile(self):
-        heights = tuning.sm90_tiles()
-        assert tuning.select_sm90_tile(0, 0) == tuning.select_sm90_tile(1, 256) == heights[0] == 8
-        chosen = {tuning.select_sm90_tile(slots, 8) for slots in range(20_000)}
-        assert chosen <= set(heights) and max(chosen) == heights[-1] == 112
+    @pytest.mark.parametrize("dtype", [BF16, FP8])
+    def test_tiles(self, dtype):
+        """Of one block, in steps of eight tokens, and of two such blocks beyond."""
+        blocks, heights = tuning.sm90_block_heights(dtype), tuning.sm90_tiles(dtype)
+        assert blocks[0] == 8 and blocks[-1] == tuning.SM90_MAX_BLOCK_N[dtype]
+        assert heights[: len(blocks)] == blocks and list(heights) == sorted(set(heights))
+        assert all(height % 8 == 0 for height in heights)
+        assert all(height // 2 in blocks for height in heights[len(blocks) :])
+        assert heights[-1] > blocks[-1]
+
+    @pytest.mark.parametrize("dtype", [BF16, FP8])
+    def test_select_tile(self, dtype):
+        heights = tuning.sm90_tiles(dtype)
+        select = tuning.select_sm90_tile
+        assert select(0, 0, dtype) == select(1, 256, dtype) == heights[0] == 8
+        chosen = {select(slots, 8, dtype) for slots in range(0, 20_000, 7)}
+        assert chosen <= set(heights) and len(chosen) > len(heights) // 3

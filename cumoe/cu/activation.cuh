@@ -50,8 +50,20 @@ __device__ __forceinline__ float limit_both(float x, float limit) {
 
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
-/// x * Phi(x) by erfc, which keeps its relative precision where Phi is small.
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(x * -0x1.6a09e6p-1f); }
+/// x * Phi(x). The tail Phi(-|x|) is t * 2^(q(t) - x^2 / 2 * log2(e)), t = 1 / (1 + 0.35 |x|), q a
+/// polynomial fitted for |x| <= 14: relative error 2e-6 for |x| < 5, and few registers at a time.
+__device__ __forceinline__ float gelu(float x) {
+  const float t = ptx::rcp_approx_ftz(fmaf(0x1.666666p-2f, fabsf(x), 1.0f));
+  float q = fmaf(-0x1.1470ccp-2f, t, 0x1.19285p+0f);
+  q = fmaf(q, t, -0x1.80159ap+0f);
+  q = fmaf(q, t, 0x1.22d66p-1f);
+  q = fmaf(q, t, -0x1.298504p-4f);
+  q = fmaf(q, t, 0x1.274032p-1f);
+  q = fmaf(q, t, 0x1.70b18cp+0f);
+  q = fmaf(q, t, -0x1.6b8d8ap+1f);
+  const float tail = t * ptx::ex2_approx_ftz(fmaf(x * x, -0x1.715476p-1f, q));
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
 
 /// 0.5 * x * (1 + tanh(z)), z = sqrt(2 / pi) * (x + 0.044715 * x^3), as x * sigmoid(2 * z).
 __device__ __forceinline__ float gelu_tanh(float x) {

@@ -32,6 +32,18 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #endif
 }
 
+/// Sleeps for about `nanoseconds` (PTX ISA, "nanosleep").
+__device__ __forceinline__ void nanosleep(uint32_t nanoseconds) {
+  asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
+}
+
+/// The same pointer, of which the compiler no longer knows where it can be read again. No instruction.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 /// Copies 16 bytes to shared memory past L1; the bytes from `src_bytes` on become zero
 /// (PTX ISA, "cp.async"). The source is not read when `src_bytes` is 0.
 __device__ __forceinline__ void cp_async_cg_16(uint32_t smem, const void* gmem, int src_bytes) {

@@ -37,13 +37,17 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(barrier) : "memory");
 }
 
-/// Arrives once on the same barrier of block `rank` of the cluster (PTX ISA, "mapa", "mbarrier.arrive").
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
+/// Address of the same shared memory in block `rank` of the cluster (PTX ISA, "mapa").
+__device__ __forceinline__ uint32_t mapa(uint32_t smem, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
+  return remote;
+}
+
+/// Arrives once on a barrier of a block of the cluster, named by mapa. Orders nothing this thread wrote
+/// (PTX ISA, "mbarrier.arrive").
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t remote) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
 
 /// Copies 4 bytes to shared memory (PTX ISA, "cp.async").
@@ -65,21 +69,23 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int 
       : "memory");
 }
 
-/// Tells whether the phase of this parity has completed, waiting for a while
+/// Tells whether the phase of this parity has completed, asleep for up to `nanoseconds` until it has
 /// (PTX ISA, "mbarrier.try_wait").
-__device__ __forceinline__ bool mbarrier_try_wait_parity(uint32_t barrier, int parity) {
+__device__ __forceinline__ bool mbarrier_try_wait_parity(uint32_t barrier, int parity,
+                                                         uint32_t nanoseconds) {
   uint32_t done;
   asm volatile(
-      "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+      "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3; "
+      "selp.u32 %0, 1, 0, p;}"
       : "=r"(done)
-      : "r"(barrier), "r"(parity)
+      : "r"(barrier), "r"(parity), "r"(nanoseconds)
       : "memory");
   return done != 0;
 }
 
 /// Waits for the phase of this parity.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
-  while (!mbarrier_try_wait_parity(barrier, parity)) {
+  while (!mbarrier_try_wait_parity(barrier, parity, 10'000'000)) {
   }
 }
 

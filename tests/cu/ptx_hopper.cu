@@ -36,8 +36,11 @@ extern "C" __global__ void __launch_bounds__(128) ptx_hopper(const __grid_consta
   for (int i = t; i < 16384; i += 128) p.boxes[i] = smem[i];
 
   float d[32];
-  wgmma::multiply_e4m3<64>(d, wgmma::descriptor(ptx::smem_address(smem)),
-                           wgmma::descriptor(ptx::smem_address(smem + 8192)));
+  wgmma::fence();
+  wgmma::mma_e4m3<64>(d, wgmma::descriptor(ptx::smem_address(smem)),
+                      wgmma::descriptor(ptx::smem_address(smem + 8192)), false);
+  wgmma::commit();
+  wgmma::wait<0>();
   for (int v = 0; v < 32; ++v) {
     const int row = warp * 16 + lane / 4 + 8 * (v / 2 % 2);
     p.d[row * 64 + v / 4 * 8 + 2 * (lane % 4) + v % 2] = d[v];

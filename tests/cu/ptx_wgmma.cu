@@ -28,7 +28,7 @@ __device__ void store(float* out, const float* d, int n) {
 }
 
 template <int N, bool kBf16>
-__device__ void products(float* out, const uint64_t (&w)[2], const uint64_t (&a)[2]) {
+__device__ void products(float* out, const uint32_t (&w)[2], const uint32_t (&a)[2]) {
   float first[N / 2], both[N / 2];
   for (float& x : first) x = 3.0f;
   for (float& x : both) x = 0.0f;
@@ -53,7 +53,7 @@ __device__ void products(float* out, const uint64_t (&w)[2], const uint64_t (&a)
 
 extern "C" __global__ void __launch_bounds__(128) ptx_wgmma(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) uint8_t smem[];
-  uint64_t w[2], a[2];
+  uint32_t w[2], a[2];
   for (int i = 0; i < 2; ++i) {
     uint8_t *rows_w = smem + i * 8192, *rows_a = smem + 16384 + i * 20480;
     fill(rows_w, p.w + i * 8192, 64);

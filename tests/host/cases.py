@@ -30,7 +30,7 @@ from tests.host.checks import (
     check,
     same_bits,
 )
-from tests.host.gemm_cases import GEMM90_CASES, GEMM_CASES
+from tests.host.gemm_cases import GEMM90_BF16_CASES, GEMM90_FP8_CASES, GEMM_CASES
 
 __all__ = ["BF16", "CASES", "F16", "F32", "Case", "Host", "check"]
 
@@ -302,6 +302,7 @@ CASES: dict[str, list[Case]] = {
     "activation": ACTIVATION_CASES,
     "finalize": FINALIZE_CASES,
     "sm80_grouped_gemm": GEMM_CASES,
-    "sm90_fp8_grouped_gemm": GEMM90_CASES,
+    "sm90_bf16_grouped_gemm": GEMM90_BF16_CASES,
+    "sm90_fp8_grouped_gemm": GEMM90_FP8_CASES,
 }
 """Kernel to cases; the three permutation kernels run one after the other in each of theirs."""

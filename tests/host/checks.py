@@ -95,12 +95,25 @@ def check(case: Case, options: HostOptions | None = None) -> None:
 
 
 def random_group(
-    host: Host, num_tokens: int, top_k: int, num_experts: int, tile: int
+    host: Host,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    tile: int,
+    counts: Sequence[int] | None = None,
 ) -> Permutation:
-    """Return the twin's permutation of random ids, in watched arrays, with one empty expert."""
-    ids = host.rng.integers(0, num_experts, (num_tokens, top_k)).astype(np.int32)
-    if num_experts > 2:
-        ids[ids == 1] = 0
+    """Return the twin's permutation in watched arrays, of random ids with one empty expert.
+
+    With `counts`, the rows of each expert, every token goes to one expert.
+    """
+    if counts is None:
+        ids = host.rng.integers(0, num_experts, (num_tokens, top_k)).astype(np.int32)
+        if num_experts > 2:
+            ids[ids == 1] = 0
+    else:
+        assert (len(counts), sum(counts), 1) == (num_experts, num_tokens, top_k)
+        ids = host.rng.permutation(np.repeat(np.arange(num_experts, dtype=np.int32), counts))
+        ids = ids[:, None].copy()
     made = twin_permutation.group(ids, num_experts=num_experts, tile=tile)
     arrays = {n: host.arena.array(a) for n, a in made._asdict().items() if n != "tile"}
     return Permutation(**arrays, tile=tile)

@@ -83,7 +83,8 @@ void async_wait(unsigned pending_groups, Site site);
 /// mbarriers, by shared address. `rank` names a block of the cluster, -1 this block.
 void mbarrier_init(uint32_t barrier, int arrivals, Site site);
 void mbarrier_arrive(uint32_t barrier, int bytes, int rank, Site site);
-bool mbarrier_try_wait(uint32_t barrier, int parity, Site site);
+bool mbarrier_try_wait(uint32_t barrier, int parity, Site site);  // may give up at once
+void mbarrier_wait(uint32_t barrier, int parity, Site site);
 
 /// TMA: `coordinates` innermost first; a mask of 0 means this block alone.
 void check_tensor_map(const void* map, Site site);

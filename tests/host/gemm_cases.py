@@ -13,7 +13,14 @@ from cumoe import kernels, kernels_sm90
 from cumoe.arrays import DTYPES, FP8
 from cumoe.config import Activation, Quantized
 from cumoe.reference import exact, quantize
-from cumoe.tuning import GroupedGemmConfig, GroupedGemmProblem, Sm90Config, select_config
+from cumoe.tuning import (
+    SM90_MIN_STAGES,
+    GroupedGemmConfig,
+    GroupedGemmProblem,
+    Sm90Config,
+    select_config,
+    why_illegal_sm90,
+)
 from tests.host.activation_cases import PRODUCT
 from tests.host.checks import (
     BF16,
@@ -46,6 +53,7 @@ class _Gemm:
     experts: int = 4
     top_k: int = 3
     per_expert: bool = False
+    counts: tuple[int, ...] | None = None
     activation: Activation | None = None
 
     @property
@@ -62,7 +70,7 @@ class _Gemm:
         from cumoe.grouped_gemm import _on_host
 
         n, k, order = self.n, self.k, self.order
-        p = random_group(host, self.tokens, self.top_k, self.experts, self.tile)
+        p = random_group(host, self.tokens, self.top_k, self.experts, self.tile, self.counts)
         num_rows = 2 * n if order else n
         count = self.tokens if self.gather else p.max_rows
         a = host.rng.standard_normal((count, k)).astype(np.float32)
@@ -120,17 +128,36 @@ def _gemm(
 
 
 def _gemm90(
-    *, num_stages: int = 3, cluster: int = 1, num_sms: int = 4, **sizes: Any
+    dtype: str,
+    *,
+    num_stages: int | None = None,
+    num_chunks: int | None = None,
+    cluster: int = 1,
+    num_sms: int = 4,
+    counts: tuple[int, ...] | None = None,
+    **sizes: Any,
 ) -> Callable[[Host], None]:
-    """``sm90_fp8_grouped_gemm``; a cluster takes `tile` tokens."""
+    """``sm90_*_grouped_gemm``; a cluster takes `tile` tokens.
+
+    By default a layer's: with a gated activation rows are gathered. The pipelines are as shallow as
+    they may be.
+    """
     gated = sizes.get("order") is not None
-    gemm = _Gemm(FP8, FP8 if gated else BF16, gather=gated, **sizes)
-    chosen = Sm90Config(gemm.tile // cluster, num_stages, cluster)
+    sizes = {"gather": gated, **sizes}
+    if counts is not None:
+        sizes |= {"counts": counts, "tokens": sum(counts), "experts": len(counts), "top_k": 1}
+    gemm = _Gemm(dtype, dtype if gated else BF16, **sizes)
+    block_n = gemm.tile // cluster
+    fewest = -(-block_n * 144 // 8192) if gemm.out_dtype == FP8 else 1
+    stages = num_stages or SM90_MIN_STAGES[dtype]
+    chosen = Sm90Config(block_n, stages, num_chunks or fewest, cluster)
+    reason = why_illegal_sm90(chosen, gemm.problem)
+    assert reason is None, reason
 
     def launch(a, a_scale, operand, y, y_scale, p, act):  # type: ignore[no-untyped-def]
         with mock.patch("cumoe.kernels_sm90.encode_tiled", encode_tiled):
             made = kernels_sm90.grouped_gemm(
-                a, a_scale, operand, y, y_scale, p, chosen, act, num_sms, gather=gemm.gather
+                a, a_scale, operand, y, y_scale, p, gemm.problem, chosen, act, num_sms
             )
         made.spec = kernels.with_activation(made.spec, act)
         return made
@@ -205,30 +232,134 @@ GEMM_CASES = [
     ),
 ]
 
-GEMM90_CASES = [
-    Case("gated", _gemm90(k=272, n=144, tile=16, order="up_gate", per_expert=True)),
+# Rows an expert gets: none, and every remainder of eight in one tile of 24 or more.
+REMAINDERS = (0, 1, 10, 19, 28, 37, 46, 55, 0, 64)
+
+# k is given in elements: a stage has 128 bytes of it.
+GEMM90_FP8_CASES = [
+    Case("gated", _gemm90(FP8, k=272, n=144, tile=16, order="up_gate", per_expert=True)),
     Case(
         "gated interleaved",
-        _gemm90(k=144, n=48, tile=32, order="gate_up_interleaved", tokens=40),
+        _gemm90(FP8, k=144, n=48, tile=32, order="gate_up_interleaved", tokens=40),
     ),
-    Case("plain", _gemm90(k=144, n=264, tile=16)),
-    Case("plain block-major, tile 64", _gemm90(k=384, n=40, tile=64, block_major=True, tokens=50)),
-    Case("gated, tile 112", _gemm90(k=128, n=80, tile=112, order="gate_up", tokens=70, experts=2)),
-    Case("plain, tile 80", _gemm90(k=144, n=136, tile=80, tokens=60, experts=2)),
-    Case("one token", _gemm90(k=128, n=128, tile=8, order="gate_up", tokens=1, top_k=1, experts=1)),
     Case(
-        "two stages, one block, several tiles",
-        _gemm90(num_stages=2, num_sms=1, k=640, n=272, tile=24, tokens=30, experts=3),
+        "gated interleaved, up first, rows in order",
+        _gemm90(FP8, k=400, n=80, tile=24, order="up_gate_interleaved", gather=False),
+    ),
+    Case("plain", _gemm90(FP8, k=144, n=264, tile=16)),
+    Case("plain, gathered", _gemm90(FP8, k=272, n=264, tile=40, gather=True, tokens=40)),
+    Case("block-major", _gemm90(FP8, k=384, n=40, tile=64, block_major=True, tokens=50)),
+    Case(
+        "gated, block-major",
+        _gemm90(FP8, k=256, n=144, tile=8, block_major=True, order="gate_up"),
+    ),
+    Case(
+        "gated, tile 88",
+        _gemm90(FP8, k=128, n=80, tile=88, order="gate_up", tokens=70, experts=2, num_chunks=3),
+    ),
+    Case("plain, tile 80", _gemm90(FP8, k=144, n=136, tile=80, tokens=60, experts=2)),
+    Case(
+        "one token",
+        _gemm90(FP8, k=128, n=128, tile=8, order="gate_up", tokens=1, top_k=1, experts=1),
+    ),
+    Case("every remainder", _gemm90(FP8, k=144, n=40, tile=24, counts=REMAINDERS)),
+    Case(
+        "every remainder, gated",
+        _gemm90(FP8, k=144, n=80, tile=72, order="up_gate", counts=REMAINDERS, num_chunks=4),
+    ),
+    Case(
+        "one block, several tiles",
+        _gemm90(FP8, num_sms=1, num_chunks=2, k=640, n=272, tile=24, tokens=30, experts=3),
+    ),
+    Case(
+        "one block, several tiles, gated",
+        _gemm90(FP8, num_sms=1, k=640, n=272, tile=24, order="gate_up", tokens=30, experts=3),
+    ),
+    Case(
+        "one block, several tiles, short k",
+        _gemm90(FP8, num_sms=1, k=128, n=272, tile=32, order="gate_up", tokens=40, experts=3),
     ),
     Case(
         "clusters, gated",
-        _gemm90(num_stages=2, cluster=2, k=272, n=144, tile=48, order="gate_up", tokens=60),
+        _gemm90(FP8, cluster=2, k=272, n=144, tile=48, order="gate_up", tokens=60),
+    ),
+    Case("clusters, plain", _gemm90(FP8, cluster=2, k=640, n=264, tile=96, tokens=60)),
+    Case(
+        "clusters, a block without rows",
+        _gemm90(FP8, cluster=2, num_sms=2, k=640, n=136, tile=48, counts=(3, 0, 99, 8, 1)),
+    ),
+    Case(
+        "clusters, a block without rows, gated",
+        _gemm90(
+            FP8, cluster=2, num_sms=2, k=144, n=144, tile=48, order="up_gate_interleaved",
+            counts=(3, 0, 99, 8, 1),
+        ),
+    ),
+]  # fmt: skip
+
+GEMM90_BF16_CASES = [
+    Case("gated", _gemm90(BF16, k=136, n=144, tile=16, order="up_gate", per_expert=True)),
+    Case(
+        "gated interleaved",
+        _gemm90(BF16, k=72, n=48, tile=32, order="gate_up_interleaved", tokens=40),
+    ),
+    Case(
+        "gated interleaved, up first, rows in order",
+        _gemm90(BF16, k=200, n=200, tile=24, order="up_gate_interleaved", gather=False),
+    ),
+    Case("plain", _gemm90(BF16, k=72, n=264, tile=16)),
+    Case("plain, gathered", _gemm90(BF16, k=136, n=264, tile=40, gather=True, tokens=40)),
+    Case("block-major", _gemm90(BF16, k=192, n=40, tile=64, block_major=True, tokens=50)),
+    Case(
+        "gated, block-major",
+        _gemm90(BF16, k=128, n=136, tile=8, block_major=True, order="gate_up"),
+    ),
+    Case(
+        "gated, tile 112",
+        _gemm90(BF16, k=64, n=80, tile=112, order="gate_up", tokens=70, experts=2),
+    ),
+    Case("plain, tile 192", _gemm90(BF16, k=72, n=136, tile=192, tokens=140, experts=2)),
+    Case(
+        "one token",
+        _gemm90(BF16, k=64, n=128, tile=8, order="gate_up", tokens=1, top_k=1, experts=1),
+    ),
+    Case("every remainder", _gemm90(BF16, k=72, n=40, tile=24, counts=REMAINDERS)),
+    Case(
+        "every remainder, gated",
+        _gemm90(BF16, k=72, n=80, tile=72, order="up_gate", counts=REMAINDERS),
+    ),
+    Case(
+        "one block, several tiles",
+        _gemm90(BF16, num_sms=1, num_chunks=2, k=320, n=272, tile=40, tokens=30, experts=3),
+    ),
+    Case(
+        "one block, several tiles, gated",
+        _gemm90(BF16, num_sms=1, k=320, n=272, tile=40, order="gate_up", tokens=30, experts=3),
+    ),
+    Case(
+        "one block, several tiles, short k",
+        _gemm90(BF16, num_sms=1, k=64, n=272, tile=32, order="gate_up", tokens=40, experts=3),
+    ),
+    Case(
+        "clusters, gated",
+        _gemm90(BF16, cluster=2, k=136, n=144, tile=48, order="gate_up", tokens=60),
+    ),
+    Case("clusters, plain", _gemm90(BF16, cluster=2, k=320, n=264, tile=96, tokens=60)),
+    Case(
+        "clusters, a block without rows",
+        _gemm90(BF16, cluster=2, num_sms=2, k=320, n=136, tile=48, counts=(3, 0, 99, 8, 1)),
+    ),
+    Case(
+        "clusters, a block without rows, gated",
+        _gemm90(
+            BF16, cluster=2, num_sms=2, k=72, n=136, tile=48, order="up_gate_interleaved",
+            counts=(3, 0, 99, 8, 1),
+        ),
     ),
     Case(
         "geglu_tanh",
         _gemm90(
-            k=272, n=144, tile=16, order="up_gate", activation=Activation("geglu_tanh")
+            FP8, k=272, n=144, tile=16, order="up_gate", activation=Activation("geglu_tanh")
         ),
     ),
-    Case("clusters, plain", _gemm90(num_stages=2, cluster=2, k=144, n=264, tile=96, tokens=60)),
 ]  # fmt: skip

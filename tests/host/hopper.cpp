@@ -88,18 +88,23 @@ void mbarrier_arrive(uint32_t barrier, int bytes, int rank, Site site) {
 }
 
 bool mbarrier_try_wait(uint32_t barrier, int parity, Site site) {
+  poll("mbarrier try_wait", site);
+  if (parity != 0 && parity != 1) fail(site, "mbarrier wait: parity %d", parity);
+  return find(me()->block, barrier, site).phase != static_cast<unsigned>(parity);
+}
+
+void mbarrier_wait(uint32_t barrier, int parity, Site site) {
   FullThread* t = me();
   if (parity != 0 && parity != 1) fail(site, "mbarrier wait: parity %d", parity);
   MBarrier& m = find(t->block, barrier, site);
   if (m.phase != static_cast<unsigned>(parity)) {
     yield(site);
-    return true;
+    return;
   }
   m.waiting.push_back(t);
   t->pending.mask = barrier;
   t->pending.name = parity ? "1" : "0";
   suspend(State::kBarrier, "mbarrier wait", site);
-  return true;
 }
 
 std::string mbarrier_text(const FullThread* t) {

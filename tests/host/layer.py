@@ -63,7 +63,11 @@ def run_layer(
         mock.patch("cumoe.kernels_sm90.encode_tiled", encode_tiled),
     ):
         plan = DevicePlan(spec, call, _Workspace(host))  # type: ignore[arg-type]
-    host.run(*(launch for stage in plan.stages.values() for launch in stage))
+    launches = [launch for stage in plan.stages.values() for launch in stage]
+    recipe = "fp8" if spec.fp8 else "bf16"
+    gemm = f"sm90_{recipe}_grouped_gemm" if spec.runs_sm90(arch) else "sm80_grouped_gemm"
+    assert {name for launch in launches if "gemm" in (name := launch.spec.name)} == {gemm}
+    host.run(*launches)
     return call.out, plan.parts_of(call)
 
 
@@ -207,5 +211,10 @@ LAYER_CASES = [
         _given(_Shape(5, 128, 128, "fp8_block", num_shared=2), 5, 6, True),
     ),
     Case("bf16 one expert, many tokens", _given(_Shape(150, 64, 48), 1, 1, False)),
+    Case("bf16 one expert, tiles of two blocks", _given(_Shape(270, 200, 136), 1, 1, False)),
+    Case(
+        "fp8 one expert, tiles of two blocks",
+        _given(_Shape(170, 272, 144, "fp8_block"), 1, 1, False),
+    ),
 ]  # fmt: skip
 """The layer from logits or given routing to its result."""

@@ -21,6 +21,13 @@ inline uint32_t smem_address(const void* pointer, CUMOE_SITE) {
 inline void griddepcontrol_wait(CUMOE_SITE) { cumoe_host::yield(site); }
 inline void griddepcontrol_launch_dependents() {}
 
+inline void nanosleep(uint32_t, CUMOE_SITE) { cumoe_host::poll("nanosleep", site); }
+
+template <typename T>
+inline T* opaque(T* pointer) {
+  return pointer;
+}
+
 inline void cp_async_cg_16(uint32_t smem, const void* gmem, int src_bytes, CUMOE_SITE) {
   if (src_bytes < 0 || src_bytes > 16) cumoe_host::fail(site, "cp.async of %d bytes", src_bytes);
   if (smem % 16 || reinterpret_cast<uintptr_t>(gmem) % 16) {
@@ -132,9 +139,9 @@ inline float cvt_f32_f16(uint32_t bits) {
 }
 
 /// Flushes a subnormal number to the zero of its sign.
-inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+inline float flushed(float x) { return fabs(x) < 0x1p-126f ? copysign(0.0f, x) : x; }
 
-inline float ex2_approx_ftz(float x) { return flushed(std::exp2(flushed(x))); }
+inline float ex2_approx_ftz(float x) { return flushed(exp2(flushed(x))); }
 
 inline float rcp_approx_ftz(float x) { return flushed(1.0f / flushed(x)); }
 

@@ -25,8 +25,18 @@ inline void mbarrier_arrive(uint32_t barrier, CUMOE_SITE) {
   cumoe_host::mbarrier_arrive(barrier, 0, -1, site);
 }
 
-inline void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank, CUMOE_SITE) {
-  cumoe_host::mbarrier_arrive(barrier, 0, static_cast<int>(rank), site);
+/// Bits 24 and up of an address of the cluster: the block's rank plus one; none for the own block's.
+inline uint32_t mapa(uint32_t smem, uint32_t rank, CUMOE_SITE) {
+  cumoe_host::shared_pointer(smem, 1, site);
+  if (rank >= cumoe_host::cluster_size()) {
+    cumoe_host::fail(site, "mapa of block %u in a cluster of %u", rank, cumoe_host::cluster_size());
+  }
+  return smem | (rank + 1) << 24;
+}
+
+inline void mbarrier_arrive_cluster(uint32_t remote, CUMOE_SITE) {
+  const int rank = static_cast<int>(remote >> 24) - 1;
+  cumoe_host::mbarrier_arrive(remote & 0xffffffu, 0, rank, site);
 }
 
 inline void cp_async_ca_4(uint32_t smem, const void* gmem, CUMOE_SITE) {
@@ -44,13 +54,13 @@ inline void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes, CUMOE_SITE) {
   cumoe_host::mbarrier_arrive(barrier, bytes, -1, site);
 }
 
-inline bool mbarrier_try_wait_parity(uint32_t barrier, int parity, CUMOE_SITE) {
+/// Sleeps or not, whatever the time: either is allowed.
+inline bool mbarrier_try_wait_parity(uint32_t barrier, int parity, uint32_t, CUMOE_SITE) {
   return cumoe_host::mbarrier_try_wait(barrier, parity, site);
 }
 
 inline void mbarrier_wait(uint32_t barrier, int parity, CUMOE_SITE) {
-  while (!cumoe_host::mbarrier_try_wait(barrier, parity, site)) {
-  }
+  cumoe_host::mbarrier_wait(barrier, parity, site);
 }
 
 inline void prefetch_tensor_map(const TensorMap* map, CUMOE_SITE) {

@@ -8,10 +8,8 @@ namespace wgmma {
 
 constexpr int kSwizzleAtomBytes = 8 * 128;
 
-inline uint64_t descriptor(uint32_t smem) {
-  return static_cast<uint64_t>((smem & 0x3ffffu) >> 4) | uint64_t{1} << 16 |
-         static_cast<uint64_t>(kSwizzleAtomBytes >> 4) << 32 | uint64_t{1} << 62;
-}
+inline uint32_t descriptor(uint32_t smem) { return (smem & 0x3ffffu) >> 4 | uint32_t{1} << 16; }
+constexpr uint32_t kDescriptorHigh = kSwizzleAtomBytes >> 4 | uint32_t{1} << 30;
 
 inline void fence(CUMOE_SITE) { cumoe_host::wgmma_fence(site); }
 
@@ -25,30 +23,24 @@ inline void wait(CUMOE_SITE) {
 
 /// Four steps over 128 bytes of k, as the one asm statement of the original makes them.
 template <int N>
-inline void mma(int kind, float (&d)[N / 2], uint64_t w, uint64_t a, bool accumulate,
+inline void mma(int kind, float (&d)[N / 2], uint32_t w, uint32_t a, bool accumulate,
                 cumoe_host::Site site) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256, "n of wgmma");
+  constexpr uint64_t kHigh = uint64_t{kDescriptorHigh} << 32;
   for (unsigned step = 0; step < 4; ++step) {
-    cumoe_host::wgmma_mma(kind, N, d, w + 2 * step, a + 2 * step, step != 0 || accumulate, site);
+    cumoe_host::wgmma_mma(kind, N, d, kHigh | (w + 2 * step), kHigh | (a + 2 * step),
+                          step != 0 || accumulate, site);
   }
 }
 
 template <int N>
-inline void mma_e4m3(float (&d)[N / 2], uint64_t w, uint64_t a, bool accumulate, CUMOE_SITE) {
+inline void mma_e4m3(float (&d)[N / 2], uint32_t w, uint32_t a, bool accumulate, CUMOE_SITE) {
   mma<N>(cumoe_host::kWgmmaE4m3, d, w, a, accumulate, site);
 }
 
 template <int N>
-inline void mma_bf16(float (&d)[N / 2], uint64_t w, uint64_t a, bool accumulate, CUMOE_SITE) {
+inline void mma_bf16(float (&d)[N / 2], uint32_t w, uint32_t a, bool accumulate, CUMOE_SITE) {
   mma<N>(cumoe_host::kWgmmaBf16, d, w, a, accumulate, site);
-}
-
-template <int N>
-inline void multiply_e4m3(float (&d)[N / 2], uint64_t w, uint64_t a, CUMOE_SITE) {
-  fence(site);
-  mma_e4m3<N>(d, w, a, false, site);
-  commit(site);
-  wait<0>(site);
 }
 
 }  // namespace wgmma

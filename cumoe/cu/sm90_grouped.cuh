@@ -1,0 +1,336 @@
+// What the Hopper grouped GEMMs share: work items, the ring of stages, loaders and bf16 stores.
+//
+// A tile has 256 weight rows in two halves of 128 (gate and up with GATED, else two neighbouring blocks)
+// and up to BLOCK_N tokens, which are the n of the wgmma, in steps of eight: no expert pays for rows it
+// does not have. An expert's tokens are split evenly over its tiles. A stage is 128 bytes of k.
+//
+// Grid      persistent clusters; each walks (row tile, weight tile) items expert by expert. The CLUSTER
+//           blocks of one have neighbouring tokens of one expert and the same weights, of which each
+//           loads its share for both (multicast).
+// Block     warpgroup 0 produces: warp 0 loads by TMA, others gather tokens by cp.async (GATHER: a TMA
+//           of one row costs as much as one of 32) or write finished rows; warpgroups 1 and 2
+//           consume: two parts of 64 weight rows each.
+// Barriers  full[s]     TMA bytes, gathering threads, a kernel's own loaders; consumers wait
+//           empty[s]    8 * CLUSTER consumer warps of all blocks of the cluster; producers wait
+//           staged, drained[group][c]  a chunk of finished rows, between a consumer and its writer
+// From -D   GATED GATHER BLOCK_N NUM_STAGES NUM_CHUNKS CLUSTER
+#pragma once
+
+#include "activation.cuh"
+#include "tma.cuh"
+#include "vec.cuh"
+#include "wgmma.cuh"
+
+namespace cumoe {
+
+struct Params {
+  TensorMap a_map;                // (rows, bytes of k) in boxes of kBoxRows rows; not GATHER
+  TensorMap w_map;                // (num_local, halves, rows, k-blocks, bytes), boxes of 128 rows
+  const uint8_t* a;               // (rows, k)
+  const float* a_scale;           // fp8: (rows, k-blocks) at the strides below
+  const float* w_scale;           // fp8: (num_local, w_scale_rows, k-blocks)
+  void* out;                      // (max_rows, n)
+  float* out_scale;               // fp8 output: (max_rows, ceil(n / 128))
+  const int32_t* token_idx;       // (max_rows,)
+  const int32_t* tile_expert;     // (max_tiles,)
+  const int32_t* expert_offsets;  // (num_local + 1,)
+  const int32_t* tokens_per_expert;  // (num_local,)
+  const int32_t* num_tiles;          // (1,)
+  int64_t a_scale_row_stride;        // in elements
+  int64_t a_scale_block_stride;
+  int64_t out_scale_row_stride;
+  int64_t out_scale_block_stride;
+  int32_t n;                 // output columns
+  int32_t k_bytes;           // of a row of either operand
+  int32_t tile;              // tile height of the permutation, at most CLUSTER * BLOCK_N
+  int32_t num_column_tiles;  // of 128 columns with GATED, else of 256
+  int32_t w_scale_rows;
+  int32_t first_half;       // which half of w_map is half 0 here (the gate with GATED)
+  int32_t first_scale_row;  // block row of w_scale where half 0 begins, and half 1
+  int32_t second_scale_row;
+  int32_t block_major;  // k-blocks are a dimension of their own in w_map
+  ActivationParams activation;
+};
+
+constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
+constexpr int kHalfBytes = 128 * 128;
+constexpr int kStageBytes = 2 * kHalfBytes + BLOCK_N * 128;
+constexpr int kBoxRows = BLOCK_N > 64 && BLOCK_N % 16 == 0 ? BLOCK_N / 2 : BLOCK_N;
+constexpr bool kWriters = !GATHER;  // warps 1 and 2 write finished rows
+constexpr int kChunkTokens = 32, kChunkBytes = kChunkTokens * 128;
+
+static_assert(CLUSTER == 1 || CLUSTER == 2, "a block loads both weight halves or one");
+static_assert(BLOCK_N % kBoxRows == 0, "whole boxes of tokens");
+
+/// The ring and the chunks of finished rows: 64 columns of 32 tokens.
+struct Shared {
+  uint8_t stages[NUM_STAGES][kStageBytes];
+  uint8_t chunks[kConsumers][NUM_CHUNKS][kChunkBytes];
+  uint64_t full[NUM_STAGES];
+  uint64_t empty[NUM_STAGES];
+  uint64_t staged[kConsumers][NUM_CHUNKS];
+  uint64_t drained[kConsumers][NUM_CHUNKS];
+
+  /// Called by one thread; `arrivals` on full[s] there are besides that of the TMA loader.
+  __device__ __forceinline__ void init(int arrivals) {
+    for (int s = 0; s < NUM_STAGES; ++s) {
+      ptx::mbarrier_init(ptx::smem_address(&full[s]), 1 + arrivals);
+      ptx::mbarrier_init(ptx::smem_address(&empty[s]), kConsumers * 4 * CLUSTER);
+    }
+    for (int g = 0; g < kConsumers; ++g) {
+      for (int c = 0; c < NUM_CHUNKS; ++c) {
+        ptx::mbarrier_init(ptx::smem_address(&staged[g][c]), 4);
+        ptx::mbarrier_init(ptx::smem_address(&drained[g][c]), 1);
+      }
+    }
+    ptx::fence_mbarrier_init();
+  }
+};
+
+/// One item of work.
+struct Tile {
+  int expert, row0, rows, column_tile;
+
+  __device__ __forceinline__ Tile(const Params& p, int item, int rank) {
+    expert = p.tile_expert[item / p.num_column_tiles];
+    const int first = p.expert_offsets[expert], count = p.tokens_per_expert[expert];
+    // Row tiles fastest within an expert: the blocks that read the same weights run together.
+    const int tiles = ceil_div(count, p.tile);
+    const int local = item - first / p.tile * p.num_column_tiles;
+    column_tile = local / tiles;
+    // The expert's rows in equal steps of eight over the blocks of its tiles.
+    const int height = ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
+    const int begin = ((local - column_tile * tiles) * CLUSTER + rank) * height;
+    row0 = first + begin;
+    rows = max(min(height, count - begin), 0);
+  }
+
+  __device__ __forceinline__ int groups() const { return ceil_div(rows, 8); }
+};
+
+/// The items a cluster walks, which of its blocks this is, and the stages of a tile.
+struct Work {
+  int first, stride, count, rank, steps;
+
+  __device__ __forceinline__ Work(const Params& p, int steps_) : steps(steps_) {
+    first = static_cast<int>(blockIdx.x) / CLUSTER;
+    stride = static_cast<int>(gridDim.x) / CLUSTER;
+    count = *p.num_tiles * p.num_column_tiles;
+    rank = CLUSTER > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
+  }
+};
+
+/// Position in a ring of SIZE slots.
+template <int SIZE>
+struct Ring {
+  int slot = 0, phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == SIZE) slot = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ void wait(const uint64_t (&barriers)[SIZE], int parity) const {
+    ptx::mbarrier_wait(ptx::smem_address(&barriers[slot]), parity);
+  }
+};
+using StageRing = Ring<NUM_STAGES>;
+
+/// One warp arrives on a barrier that counts warps.
+__device__ __forceinline__ void arrive_warp(uint64_t& barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&barrier));
+}
+
+/// One thread: both weight halves of every stage, and the tokens where they lie in a row.
+__device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const Work& work) {
+  StageRing ring;
+  for (int item = work.first; item < work.count; item += work.stride) {
+    const Tile tile(p, item, work.rank);
+    const int boxes = GATHER ? 0 : ceil_div(tile.rows, kBoxRows);
+    for (int step = 0; step < work.steps; ++step, ring.advance()) {
+      const uint32_t full = ptx::smem_address(&smem.full[ring.slot]);
+      const uint32_t stage = ptx::smem_address(smem.stages[ring.slot]);
+      ring.wait(smem.empty, ring.phase ^ 1);
+      ptx::mbarrier_arrive_expect_tx(full, 2 * kHalfBytes + boxes * kBoxRows * 128);
+      const int k = p.block_major ? 0 : step * 128, block = p.block_major ? step : 0;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = GATED ? tile.column_tile * 128 : tile.column_tile * 256 + h * 128;
+        const int half = GATED ? p.first_half ^ h : 0;
+        const uint32_t to = stage + h * kHalfBytes;
+        if constexpr (CLUSTER == 1) {
+          ptx::tma_load_5d(to, &p.w_map, full, k, block, row, half, tile.expert);
+        } else if (h == work.rank) {
+          ptx::tma_load_5d_multicast(to, &p.w_map, full, 0x3, k, block, row, half, tile.expert);
+        }
+      }
+      for (int box = 0; box < boxes; ++box) {
+        ptx::tma_load_2d(stage + 2 * kHalfBytes + box * kBoxRows * 128, &p.a_map, full, step * 128,
+                         tile.row0 + box * kBoxRows);
+      }
+    }
+  }
+}
+
+/// THREADS threads: the tokens of every stage, gathered; eight threads copy a row's 128 bytes. They come
+/// through the generic proxy: who sees landed[s] complete must fence the async one before wgmma reads.
+template <int THREADS>
+__device__ __forceinline__ void gather_tokens(const Params& p, Shared& smem,
+                                              uint64_t (&landed)[NUM_STAGES], const Work& work,
+                                              int thread) {
+  constexpr int kRows = THREADS / 8, kPasses = ceil_div(BLOCK_N, kRows);
+  static_assert(kRows % 4 == 0,
+                "a pass moves the swizzle, which repeats every eight rows, by 0 or 4");
+  const int chunk = thread % 8, first = thread / 8;
+  const uint32_t offset = 2 * kHalfBytes + first * 128 + ((chunk ^ first % 8) << 4);
+  StageRing ring;
+  for (int item = work.first; item < work.count; item += work.stride) {
+    const Tile tile(p, item, work.rank);
+    const int rows = tile.groups() * 8;
+    uint32_t source[kPasses];  // in 16-byte units: half the registers of pointers
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const int row = first + i * kRows;
+      // Rows that round the tile up to eight repeat its first one; their results are not stored.
+      const int token = max(p.token_idx[tile.row0 + (row < tile.rows ? row : 0)], 0);
+      source[i] = static_cast<uint32_t>(static_cast<int64_t>(token) * p.k_bytes / 16) + chunk;
+    }
+    // NOTE: opaque, or the compiler loads the parameter again for every copy.
+    const uint8_t* a = ptx::opaque(p.a);
+    for (int step = 0; step < work.steps; ++step, ring.advance()) {
+      ring.wait(smem.empty, ring.phase ^ 1);
+      const uint32_t stage = ptx::smem_address(smem.stages[ring.slot]);
+      const uint32_t to[2] = {stage + offset, stage + (offset ^ kRows % 8 << 4)};
+      const int bytes = step * 128 + chunk * 16 < p.k_bytes ? 16 : 0;
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
+        if (first + i * kRows < rows) {
+          ptx::cp_async_cg_16(to[i % 2] + i * kRows * 128,
+                              a + static_cast<uint64_t>(source[i]) * 16, bytes);
+        }
+      }
+      a += 128;
+      ptx::cp_async_mbarrier_arrive_noinc(ptx::smem_address(&landed[ring.slot]));
+    }
+  }
+}
+
+/// A consumer's view of the ring, in addresses kept in registers.
+struct Stages {
+  uint32_t stages, full, released;
+  StageRing ring;
+
+  __device__ __forceinline__ Stages(const Shared& smem, int lane) {
+    // NOTE: shuffles tell the compiler that the addresses are uniform and keep it from deriving them anew.
+    stages = __shfl_sync(kFullMask, ptx::smem_address(smem.stages), 0);
+    full = __shfl_sync(kFullMask, ptx::smem_address(smem.full), 0);
+    released = ptx::smem_address(smem.empty);
+    if constexpr (CLUSTER > 1) released = ptx::mapa(released, lane % CLUSTER);
+  }
+  __device__ __forceinline__ void wait() const {
+    ptx::mbarrier_wait(full + 8 * ring.slot, ring.phase);
+  }
+  __device__ __forceinline__ uint32_t stage() const { return stages + ring.slot * kStageBytes; }
+
+  /// This warp is done with a stage: tells all blocks of the cluster.
+  __device__ __forceinline__ void release(int slot, int lane) const {
+    __syncwarp();
+    if constexpr (CLUSTER == 1) {
+      if (lane == 0) ptx::mbarrier_arrive(released + 8 * slot);
+    } else {
+      if (lane < CLUSTER) ptx::mbarrier_arrive_cluster(released + 8 * slot);
+    }
+  }
+};
+
+/// Where 16-byte piece `piece` of a token's 128 bytes lies in a chunk.
+__device__ __forceinline__ int chunk_offset(int token, int piece) {
+  return token * 128 + ((piece ^ token % 8) << 4);
+}
+
+/// `threads` threads copy a chunk to its rows: tokens from `token0` of the tile, columns from `column0`.
+__device__ __forceinline__ void copy_chunk(const Params& p, const Tile& tile, const uint8_t* chunk,
+                                           int token0, int column0, int thread, int threads) {
+  const int piece = thread % 8, column = column0 + piece * 8;
+  if (column >= p.n) return;
+  uint8_t* out =
+      static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(tile.row0 + token0) * p.n + column) * 2;
+#pragma unroll 4
+  for (int token = thread / 8; token < kChunkTokens; token += threads / 8) {
+    if (token0 + token >= tile.rows) break;
+    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * p.n * 2) =
+        *reinterpret_cast<const uint4*>(chunk + chunk_offset(token, piece));
+  }
+}
+
+constexpr int kParts = GATED ? 1 : 2;  // of finished rows
+
+/// Column of the output where part `part` of a group's rows begins: gated, its one part; else of two.
+__device__ __forceinline__ int first_column(const Tile& tile, int part, int group) {
+  return GATED ? tile.column_tile * 128 + group * 64
+               : tile.column_tile * 256 + group * 128 + part * 64;
+}
+
+/// A warpgroup rounds its rows to bf16 and hands them over in chunks: with GATED those of the activation
+/// of its two parts, else both parts.
+__device__ __forceinline__ void store_bf16(const Params& p, Shared& smem, const Tile& tile,
+                                           const float (&accum)[2][BLOCK_N / 2],
+                                           Ring<NUM_CHUNKS>& ring, int group, int thread) {
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize % 4;
+  const ActivationValues act =
+      GATED ? activation_of(p.activation, tile.expert) : ActivationValues{};
+  const auto value = [&](int part, int i) {
+    return GATED ? activate(accum[0][i], accum[1][i], act) : accum[part][i];
+  };
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int token0 = 0; token0 < BLOCK_N; token0 += kChunkTokens) {
+      if (token0 >= tile.rows) break;
+      uint8_t* chunk = smem.chunks[group][ring.slot];
+      if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);
+#pragma unroll
+      for (int j = 0; j < kChunkTokens / 8; j += 2) {
+        if (token0 + 8 * j >= BLOCK_N) break;
+        // Matrices: rows 0-7 and 8-15 of eight tokens, then of the next eight.
+        const int token = 8 * (j + lane / 16) + lane % 8, piece = warp * 2 + lane / 8 % 2;
+        uint32_t r[4] = {};
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          const int at = 4 * (token0 / 8 + j + m / 2) + 2 * (m % 2);
+          if (at + 1 < BLOCK_N / 2) {
+            r[m] = ptx::cvt_bf16x2_f32(value(part, at), value(part, at + 1));
+          }
+        }
+        ptx::stmatrix_x4_trans(ptx::smem_address(chunk + chunk_offset(token, piece)), r[0], r[1],
+                               r[2], r[3]);
+      }
+      if constexpr (kWriters) {
+        arrive_warp(smem.staged[group][ring.slot], lane);
+      } else {
+        ptx::named_barrier_sync(2 + group, 128);
+        copy_chunk(p, tile, chunk, token0, first_column(tile, part, group), thread % 128, 128);
+        ptx::named_barrier_sync(2 + group, 128);
+      }
+      ring.advance();
+    }
+  }
+}
+
+/// One warp writes what consumer `group` hands over.
+__device__ __forceinline__ void write_rows(const Params& p, Shared& smem, const Work& work,
+                                           int group, int lane) {
+  Ring<NUM_CHUNKS> ring;
+  for (int item = work.first; item < work.count; item += work.stride) {
+    const Tile tile(p, item, work.rank);
+    for (int part = 0; part < kParts; ++part) {
+      for (int token0 = 0; token0 < tile.rows; token0 += kChunkTokens, ring.advance()) {
+        ring.wait(smem.staged[group], ring.phase);
+        copy_chunk(p, tile, smem.chunks[group][ring.slot], token0, first_column(tile, part, group),
+                   lane, kWarpSize);
+        arrive_warp(smem.drained[group][ring.slot], lane);
+      }
+    }
+  }
+}
+
+}  // namespace cumoe
