@@ -2,7 +2,7 @@
 # make test            lint, every test that needs no GPU, every kernel compile
 # make test-gpu        the tests that launch kernels            (one NVIDIA GPU)
 # make test-multigpu   the tests of several GPUs, under mpirun  (NUM_GPUS=2)
-# make bench           times the layer; ARGS="..." goes to the script
+# make bench           times the layer; BENCH=gemm|error|startup is another bench; ARGS="..." goes to it
 # make lint            ruff, mypy, clang-format: report only
 # make format          ruff and clang-format: rewrite
 # make clean           removes caches and build outputs; distclean removes .venv too
@@ -19,6 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?=
 ARGS ?=
+BENCH ?= layer
 NUM_GPUS ?= 2
 MPIRUN ?= mpirun -n $(NUM_GPUS)
 MAX_JOBS ?= 8
@@ -89,7 +90,7 @@ test-multigpu: $(mpi_env)
 	else $(MPIRUN) $(PY) -m pytest -m multigpu -p no:cacheprovider $(ARGS); fi
 
 bench: $(bench_env)
-	$(PY) -m bench.bench_layer $(ARGS)
+	$(PY) -m bench.bench_$(BENCH) $(ARGS)
 
 lint: $(test_env)
 	$(PY) -m ruff check .

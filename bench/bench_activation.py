@@ -31,7 +31,7 @@ from bench.inputs import find_backend, free_memory, random_bf16, random_words, t
 from bench.record import REPO, Row, make_row, print_table, write_results
 from bench.shapes import ModelShape, get_shape
 from cumoe import Activation, ExpertShard, Permutation, Quantized, kernels_activation
-from cumoe.arrays import DTYPES
+from cumoe.arrays import DTYPES, FP8
 from cumoe.config import Array
 from cumoe.launch import get_device
 from cumoe.reference import activation as twin
@@ -189,7 +189,7 @@ def bench_case(
     slots = num_tokens * shape.top_k
     tile = select_tile(slots, shape.num_experts, "float8_e4m3fn")
     if xp is not np and get_device(xp.cuda.Device().id).arch == SM90_ARCH:
-        tile = select_sm90_tile(slots, shape.num_experts)
+        tile = select_sm90_tile(slots, shape.num_experts, FP8)
     first = make_case(xp, shape, num_tokens, variant, tile, args.seed)
     num_sets = min(MAX_SETS, num_cold_inputs(max(first.num_bytes(), 1)))
     cases = [first]

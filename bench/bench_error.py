@@ -14,17 +14,15 @@ import argparse
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 import cumoe
+from bench.arguments import CaseArguments
 from bench.inputs import (
-    TINY,
     compile_ahead,
-    find_backend,
     find_model,
     free_memory,
     make_bias,
@@ -38,13 +36,15 @@ from bench.shapes import ModelShape, Recipe
 from cumoe import Activation, ExpertWeights, MoELayer, TopK
 from cumoe.config import Array
 
-RESULTS = REPO / "bench" / "results" / "error.json"
-MODELS = (
-    "deepseek_v3", "mixtral_8x7b", "qwen3_30b_a3b", "gpt_oss_120b_like", "kimi_k2",
-    "llama4_maverick_like",
+ARGUMENTS = CaseArguments(
+    "bench.bench_error",
+    models=(
+        "deepseek_v3", "mixtral_8x7b", "qwen3_30b_a3b", "gpt_oss_120b_like", "kimi_k2",
+        "llama4_maverick_like",
+    ),
+    recipes=("bf16", "fp8_block"), tokens=(1, 7, 64, 1000, 4096), dry_tokens=(1, 7, 64),
+    results=REPO / "bench" / "results" / "error.json",
 )  # fmt: skip
-TOKENS = (1, 7, 64, 1000, 4096)
-RECIPES: tuple[Recipe, ...] = ("bf16", "fp8_block")
 BLOCK_ROWS = 64
 COLUMNS = 128  # columns of an activation block, rows and columns of a weight block, with one scale
 
@@ -397,17 +397,15 @@ def print_row(row: Row) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write; return 1 if a case fails or is over its limits."""
     args = _parser().parse_args(argv)
-    dry = args.dry_run
-    xp = find_backend("numpy" if dry else args.backend)
-    out = args.out or (None if dry else RESULTS)
+    settings = ARGUMENTS.settle(args)
+    xp, out = settings.xp, settings.out
     check_float32(xp)
     rows: list[Row] = []
     problems: list[str] = []
-    for model in args.models or ((TINY.name,) if dry else MODELS):
+    for model in settings.models:
         shape = find_model(model)
         for recipe in args.recipes:
-            tokens = args.tokens or ((1, 7, 64) if dry else TOKENS)
-            for row, problem in measure_model(xp, shape, recipe, tokens, args.seed):
+            for row, problem in measure_model(xp, shape, recipe, settings.tokens, args.seed):
                 if row is not None:
                     rows.append(row)
                     print_row(row)
@@ -422,21 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.bench_error",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--models", nargs="+", metavar="NAME", help=f"default: {' '.join(MODELS)}")
-    add("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
-    add("--tokens", nargs="+", type=int, metavar="T", help=f"default: {TOKENS}")
-    add("--seed", type=int, default=0)
-    add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
-    add("--dry-run", action="store_true", help="a tiny layer on NumPy; writes only to --out")
-    add("--out", type=Path, help=f"default: bench/results/{RESULTS.name}")
-    add("--merge", action="store_true", help="keep the file's rows that this run does not repeat")
-    return parser
+    return ARGUMENTS.parser(__doc__)
 
 
 if __name__ == "__main__":

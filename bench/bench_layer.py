@@ -16,24 +16,31 @@ Shared experts are left out unless asked for, as in the peers' published figures
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 import cumoe
-from bench.bench_error import LIMITS, check_float32, run_oracle, worst_block
+from bench.arguments import CaseArguments
+from bench.bench_error import (
+    LIMITS,
+    check_float32,
+    run_oracle,
+    slots_by_expert,
+    widen,
+    worst_block,
+)
+from bench.gemm_case import gemm_work, planned_stage
 from bench.harness import Timing, copy_rate_tbps, measure, num_cold_inputs
 from bench.inputs import (
-    TINY,
     compile_ahead,
-    find_backend,
     find_model,
     free_memory,
     make_bias,
@@ -43,14 +50,16 @@ from bench.inputs import (
     random_bf16,
     to_host,
 )
+from bench.peers import Operands, check_rows, peer_rows, take_rows, torch_grouped_mm
 from bench.record import REPO, Row, make_row, print_table, write_results
-from bench.shapes import ModelShape, Recipe
+from bench.shapes import ModelShape
 from cumoe import ExpertWeights, MoELayer, Quantized, TopK
 from cumoe.config import Array
 
-RESULTS = REPO / "bench" / "results" / "layer.json"
-TOKENS = (1, 64, 4096)
-RECIPES: tuple[Recipe, ...] = ("fp8_block", "bf16")
+ARGUMENTS = CaseArguments(
+    "bench.bench_layer", models=("deepseek_v3",), recipes=("fp8_block", "bf16"),
+    tokens=(1, 64, 4096), dry_tokens=(1, 7), results=REPO / "bench" / "results" / "layer.json",
+)  # fmt: skip
 GRAPH_BELOW_US = 100.0
 GRAPH_CALLS = 10
 MAX_SETS = 8
@@ -86,24 +95,13 @@ class CallSet:
 
 def _planned_stages(call: CallSet) -> dict[str, Stage]:
     """Return the launches of the plan, which stays bound to the arrays of the layer's last call."""
-    import cupy
-
-    from cumoe.launch import get_device
-
-    device = get_device(int(call.x.device.id))
     plan = call.layer.plan(call.x.shape[0])
     if int(plan.stages["routing"][0].params["logits"]) != call.logits.data.ptr:
         raise RuntimeError("the plan is not the one that the call ran")
-
-    def stage(launches: Sequence[Any]) -> Stage:
-        def run() -> None:
-            stream = cupy.cuda.get_current_stream().ptr
-            for item in launches:
-                item.run(device, stream)
-
-        return run
-
-    return {name: stage(launches) for name, launches in plan.stages.items()}
+    return {
+        name: functools.partial(planned_stage(launches), 0)
+        for name, launches in plan.stages.items()
+    }
 
 
 def _host_stages(call: CallSet) -> dict[str, Stage]:
@@ -256,16 +254,12 @@ def work_of(shape: ModelShape, weights: ExpertWeights, calls: Sequence[CallSet])
     slots = num_tokens * shape.total_top_k
     active = sum(np.unique(call.ids).size for call in calls) / len(calls)
 
-    def expert_bytes(*arrays: Array | None) -> float:
-        return active * sum(a.nbytes / a.shape[0] for a in arrays if a is not None)
-
-    w13_bytes = expert_bytes(weights.w13, weights.w13_scale)
-    w2_bytes = expert_bytes(weights.w2, weights.w2_scale)
-    flops = shape.gemm_flops(num_tokens)
+    gemms = gemm_work(weights, slots, active)
     return {
-        "layer": {"flops": flops, "num_bytes": w13_bytes + w2_bytes},
-        "gemm1": {"flops": flops * 2 / 3, "num_bytes": w13_bytes},
-        "gemm2": {"flops": flops / 3, "num_bytes": w2_bytes},
+        "layer": {
+            name: gemms["gemm1"][name] + gemms["gemm2"][name] for name in ("flops", "num_bytes")
+        },
+        **gemms,
         "routing": {"num_bytes": 4 * num_tokens * shape.num_experts + 8 * slots},
         "permutation": {},
         "quantize": {"num_bytes": num_tokens * (3 * hidden + 4 * -(-hidden // 128))},
@@ -276,59 +270,31 @@ def work_of(shape: ModelShape, weights: ExpertWeights, calls: Sequence[CallSet])
 def torch_peers(call: CallSet) -> dict[str, Callable[[int], object]]:
     """Return torch's grouped GEMM for both products, or nothing where torch is not installed.
 
-    Rows are sorted by expert with no padding: the row stride is all that TMA needs aligned.
-
     Raises
     ------
     ArithmeticError
         If a product is wrong.
     """
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError:
         print("torch is not installed: no peers")
         return {}
     import cupy
 
-    weights, columns = call.layer.weights, call.ids.shape[1]
-    order = np.argsort(call.ids.ravel(), kind="stable")
-    counts = np.bincount(call.ids.ravel(), minlength=weights.num_local_experts)
-    words = call.x.view(np.uint16).take(cupy.asarray(order // columns), axis=0)
-    act = random_bf16(cupy, (order.size, weights.intermediate_size), 1)
-
-    def as_torch(a: Array) -> Any:
-        return torch.from_dlpack(a.view(np.int16)).view(torch.bfloat16)
-
-    offsets = torch.from_dlpack(cupy.asarray(np.cumsum(counts).astype(np.int32)))
-    operands = {
-        "gemm1": (as_torch(words), as_torch(weights.w13).transpose(-2, -1)),
-        "gemm2": (as_torch(act), as_torch(weights.w2).transpose(-2, -1)),
-    }
-    cupy.cuda.Device().synchronize()
-    streams: dict[int, Any] = {}
-
-    def peer(a: Any, b: Any) -> Callable[[int], Any]:
-        def run(i: int) -> Any:
-            pointer = cupy.cuda.get_current_stream().ptr
-            if pointer not in streams:
-                streams[pointer] = torch.cuda.ExternalStream(pointer)
-            with torch.cuda.stream(streams[pointer]):
-                return torch._grouped_mm(a, b, offs=offsets)
-
-        return run
-
+    weights, ids = call.layer.weights, call.ids
+    act = random_bf16(cupy, (ids.size, weights.intermediate_size), 1)
     peers: dict[str, Callable[[int], object]] = {}
-    for name, (a, b) in operands.items():
-        with cupy.cuda.Stream(non_blocking=True) as stream:
-            got = peer(a, b)(0)
-            stream.synchronize()
-        expert = int(np.argmax(counts))
-        rows = slice(int(counts[:expert].sum()), int(counts[: expert + 1].sum()))
-        want = a[rows].float() @ b[expert].float()
-        error = float((got[rows].float() - want).norm() / want.norm())
-        if not error < 0.01:
-            raise ArithmeticError(f"torch's {name} is wrong by {error:.2e}")
-        peers[f"torch {name}"] = peer(a, b)
+    for operands in (
+        Operands("gemm1", ids, call.x, weights.w13, ids.shape[1]),
+        Operands("gemm2", ids, act, weights.w2, 1),
+    ):
+        peer = torch_grouped_mm(operands)
+        expert, slots = max(slots_by_expert(ids), key=lambda item: item[1].size)
+        a, w = operands.payloads
+        want = widen(take_rows(a, slots // operands.slots_per_row)) @ widen(w[expert]).T
+        check_rows(f"torch's {operands.name}", peer_rows(cupy, peer, peer.run(0), slots), want)
+        peers[f"torch {operands.name}"] = peer.run
     return peers
 
 
@@ -403,17 +369,14 @@ def _host_us(call: CallSet) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, time, print and write; return 1 if an answer is wrong."""
     args = _parser().parse_args(argv)
-    dry = args.dry_run
-    xp = find_backend("numpy" if dry else args.backend)
-    out = args.out or (None if dry else RESULTS)
-    models = args.models or ([TINY.name] if dry else ["deepseek_v3"])
-    tokens = args.tokens or ((1, 7) if dry else TOKENS)
+    settings = ARGUMENTS.settle(args)
+    xp, out, tokens = settings.xp, settings.out, settings.tokens
     check_float32(xp)
     roofs = {"copy_tbps": copy_rate_tbps()} if xp is not np else {}
     console = Console(width=None if sys.stdout.isatty() else 150)
     rows: list[Row] = []
     problems: list[str] = []
-    for model in models:
+    for model in settings.models:
         shape = find_model(model, shared=args.shared)
         for recipe in args.recipes:
             weights = make_weights(shape, recipe, xp, seed=args.seed)
@@ -441,24 +404,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.bench_layer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ARGUMENTS.parser(__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", metavar="NAME", help="default: deepseek_v3")
-    add("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
-    add("--tokens", nargs="+", type=int, metavar="T", help=f"default: {TOKENS}")
     add("--shared", action="store_true", help="with shared experts; the model is then NAME_shared")
     add("--peers", action="store_true", help="time torch's grouped GEMM beside the bf16 ones")
     add("--repeats", type=int, default=30, help="samples (default: 30)")
     add("--budget", type=float, default=2.0, metavar="SECONDS", help="of one group's samples (2)")
-    add("--seed", type=int, default=0)
-    add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
-    add("--dry-run", action="store_true", help="a tiny layer on NumPy; writes only to --out")
-    add("--out", type=Path, help=f"default: bench/results/{RESULTS.name}")
-    add("--merge", action="store_true", help="keep the file's rows that this run does not repeat")
     return parser
 
 

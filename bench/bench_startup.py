@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bench.arguments import make_parser
 from bench.harness import HostClock, Timing
 from bench.inputs import TINY, find_backend, find_model, make_bias, make_call, make_layer
 from bench.inputs import make_weights as make_random_weights
@@ -302,11 +303,7 @@ def startup_rows(args: argparse.Namespace) -> list[Row]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.bench_startup",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("bench.bench_startup", __doc__, RESULTS)
     add = parser.add_argument
     add("--model", metavar="NAME", help="default: deepseek_v3")
     add("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
@@ -314,8 +311,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=5, help="processes for imports and warm calls (default: 5)")
     add("--cold-repeats", type=int, default=2, help="processes for cold calls (default: 2)")
     add("--install-size", nargs="*", metavar="EXTRA", help="measure fresh installs only (cu12)")
-    add("--dry-run", action="store_true", help="a tiny layer on NumPy; writes only to --out")
-    add("--out", type=Path, help=f"default: bench/results/{RESULTS.name}")
     add("--worker", help=argparse.SUPPRESS)
     return parser
 

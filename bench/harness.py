@@ -214,6 +214,7 @@ def measure(
     inputs_rotate: int = 1,
     budget_s: float | None = None,
     clock: Literal["auto", "host", "device"] = "auto",
+    on_sample: Callable[[str | None], object] | None = None,
 ) -> dict[str, Timing]:
     """Time every variant, taking turns, and return each one's microseconds per call.
 
@@ -244,6 +245,8 @@ def measure(
         Stop early once this many seconds of samples were taken, with three samples each at least.
     clock : {"auto", "host", "device"}
         ``"auto"`` is ``"device"`` where there is a GPU.
+    on_sample : callable, optional
+        Called with a variant's name before each of its samples, and with None after the last.
 
     Returns
     -------
@@ -282,10 +285,14 @@ def measure(
         for repeat in range(repeats):
             first = repeat * calls % inputs_rotate
             for name, work in prepared.items():
+                if on_sample is not None:
+                    on_sample(name)
                 samples[name].append(timer.sample(work, first, flush_l2) / calls)
             late = budget_s is not None and time.perf_counter() - begin > budget_s
             if late and repeat + 1 >= MIN_SAMPLES:
                 break
+        if on_sample is not None:
+            on_sample(None)
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
