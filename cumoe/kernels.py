@@ -119,9 +119,13 @@ def activation_fields(activation: Activation) -> dict[str, Any]:
 
 def with_activation(spec: KernelSpec, activation: Activation) -> KernelSpec:
     """Return a kernel of activation.cuh compiled for an activation; swiglu is the default there."""
-    if activation.name == "swiglu":
+    definition = activation.definition
+    if definition.plain and activation.alpha is activation.beta is activation.limit is None:
+        define = ("ACTIVATION", definition.plain)
+    elif activation.name == "swiglu":
         return spec
-    define = ("ACTIVATION", activation.definition.cuda)
+    else:
+        define = ("ACTIVATION", definition.cuda)
     return replace(spec, defines=(*spec.defines, define))
 
 

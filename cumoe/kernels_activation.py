@@ -5,7 +5,6 @@ As ``kernels.py``, for ``activation.cu`` alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from cumoe.arrays import DTYPES, address, dtype_name
@@ -71,9 +70,6 @@ def activation_spec(
         # Each operation is rounded on its own, so that the rows of a unit change no bit.
         fmad=False,
     )
-    plain = activation.definition.plain
-    if plain is not None and activation.alpha is activation.beta is activation.limit is None:
-        return replace(spec, defines=(*spec.defines, ("ACTIVATION", plain)))
     return with_activation(spec, activation)
 
 

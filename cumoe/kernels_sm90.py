@@ -24,6 +24,7 @@ def grouped_gemm_spec(problem: GroupedGemmProblem, config: Sm90Config) -> Kernel
         f"sm90_{recipe}_grouped_gemm",
         (
             ("GATED", int(problem.gated)),
+            ("ACTIVATED", int(problem.gated or problem.activated)),
             ("GATHER", int(problem.gather)),
             ("BLOCK_N", config.block_n),
             ("NUM_STAGES", config.num_stages),

@@ -69,7 +69,7 @@ class LayerSpec:
 
     def runs_sm90(self, arch: str) -> bool:
         """Whether both GEMMs are Hopper's own on a device of this architecture."""
-        return arch == SM90_ARCH and self.activation.gated and not self.portable
+        return arch == SM90_ARCH and not self.portable
 
     def tiles(self, arch: str) -> tuple[int, ...]:
         """Return the row tile heights that the GEMMs have on an architecture."""

@@ -176,16 +176,17 @@ def sm90_smem_bytes(config: Sm90Config, problem: GroupedGemmProblem) -> int:
     size = stages * (2 * 128 + n) * ROW_BYTES + 2 * chunks * SM90_CHUNK_BYTES
     size += 8 * (2 * stages + 4 * chunks)
     if problem.dtype == "float8_e4m3fn":
-        requantised = n if problem.gated else 2
-        size += 4 * (stages * 2 * 16 * (-(-n // 16) | 1) + 10 * requantised) + 8 * stages
+        sets = 1 if problem.gated else 2  # of token scales, and of teams that requantise
+        size += 4 * stages * sets * 16 * (-(-n // 16) | 1) + 2 * 8 * stages
+        size += (16 * sets + 4 * 8) * (n if problem.gated or problem.activated else 1)
     return -(-size // 16) * 16
 
 
 def _sm90_chunks(block_n: int, problem: GroupedGemmProblem) -> tuple[int, int]:
     """Return the fewest and the most chunk buffers that are of use."""
     if problem.output_dtype == "float8_e4m3fn":  # the staging of requantised rows lies there
-        fewest = -(-block_n * 144 // (2 * SM90_CHUNK_BYTES))
-        return fewest, -(-block_n * 512 // (2 * SM90_CHUNK_BYTES))  # the swap of gate and up
+        chunks = -(-block_n * 144 * (1 if problem.gated else 2) // (2 * SM90_CHUNK_BYTES))
+        return chunks, chunks
     if problem.gather:
         return 1, 1
     return 1, -(-block_n // 32) * (1 if problem.gated else 2)
@@ -254,8 +255,8 @@ def runs_sm90(problem: GroupedGemmProblem) -> bool:
     """Tell whether a Hopper kernel runs a problem: those of a layer's two GEMMs."""
     if problem.dtype not in SM90_MAX_BLOCK_N or problem.tile not in sm90_tiles(problem.dtype):
         return False
-    output = problem.dtype if problem.gated else "bfloat16"
-    return problem.output_dtype == output and not problem.activated
+    activated = problem.gated or problem.activated
+    return problem.output_dtype == (problem.dtype if activated else "bfloat16")
 
 
 def select_gemm(

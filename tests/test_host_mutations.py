@@ -48,7 +48,7 @@ FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_bf16_grouped_gemm"
 SM90_FP8, SM90_BF16 = f"{FP8}.cu", f"{BF16}.cu"
 EMPTY_WAIT = "ring.wait(smem.empty, ring.phase ^ 1);"
 RELEASE = "in.release(previous, lane);"
-CONSUMERS_MEET = "ptx::named_barrier_sync(1, kConsumerThreads);"
+TEAM_MEETS = "\n  meet();"
 GROUP_MEETS = "ptx::named_barrier_sync(2 + group, 128);"
 CLUSTER_STARTS = "CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();"
 CLUSTER_ENDS = "if constexpr (CLUSTER > 1) ptx::cluster_sync();"
@@ -294,7 +294,7 @@ MUTATIONS = {
         SM90_FP8, "i < tile.rows * 8", "i < tile.groups() * 64", case="every remainder, gated"
     ),
     "sm90: columns, fp8": Mutation(
-        SM90_FP8, "if (column0 + column >= p.n) continue;", "", case="gated"
+        SM90_FP8, "if (column >= p.n) continue;", "", case="gated"
     ),
     "sm90: rows of the blocks": Mutation(
         SM90, "* CLUSTER + rank) * height", "+ rank) * height", FP8, case=IDLE
@@ -304,7 +304,7 @@ MUTATIONS = {
     ),
     "sm90: drained": Mutation(
         SM90, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
-        FP8, case=DEEP,
+        FP8, case="plain, tile 80",
     ),
     "sm90: staged for the group": Mutation(SM90, GROUP_MEETS, "", FP8, case="plain, gathered"),
     "sm90: drained by the group": Mutation(
@@ -340,15 +340,31 @@ MUTATIONS = {
     "sm90: scale rows of the tile": Mutation(
         SM90_FP8, "tile.column_tile * (GATED ? 1 : 2)", "tile.column_tile", case="plain"
     ),
-    "sm90: swap of gate and up": Mutation(SM90_FP8, "(thread ^ 128)", "thread", case="gated"),
-    "sm90: which group has the gate": Mutation(
-        SM90_FP8, "if (group == 0) {", "if (group == 1) {", case="gated"
+    "sm90: weight rows of a group": Mutation(
+        SM90_FP8, "quarter = GATED ? group : part", "quarter = part", case="gated"
     ),
-    "sm90: before the swap": Mutation(SM90_FP8, CONSUMERS_MEET, "", case=SHORT),
-    "sm90: within the swap": Mutation(SM90_FP8, CONSUMERS_MEET, "", case="gated", nth=1),
-    "sm90: after the largest": Mutation(SM90_FP8, CONSUMERS_MEET, "", case="gated", nth=2),
-    "sm90: after the scale": Mutation(SM90_FP8, CONSUMERS_MEET, "", case="gated", nth=3),
-    "sm90: after the staging": Mutation(SM90_FP8, CONSUMERS_MEET, "", case="gated", nth=4),
+    "sm90: scales of gate and up": Mutation(
+        SM90_FP8, "part == 0 ? weight_scale.x", "part == 1 ? weight_scale.x", case="gated"
+    ),
+    "sm90: weight scale of the next stage": Mutation(
+        SM90_FP8, "if (GATED && load) weight_scale =", "if (GATED && !load) weight_scale =",
+        case="gated",
+    ),
+    "sm90: columns of a team": Mutation(
+        SM90_FP8, "tile.column_tile * 2 + group", "tile.column_tile * 2", case="activated"
+    ),
+    "sm90: scale past the last column": Mutation(
+        SM90_FP8, "if (block * 128 < p.n) {", "{", case="activated"
+    ),
+    "sm90: staging of a team": Mutation(
+        SM90_FP8, "team * (BLOCK_N * kStageRow)", "0", case="activated"
+    ),
+    "sm90: largest of a team": Mutation(
+        SM90_FP8, "smem.amax[team * 4 + w]", "smem.amax[w]", case="activated"
+    ),
+    "sm90: after the largest": Mutation(SM90_FP8, TEAM_MEETS, "", case="gated"),
+    "sm90: after the scale": Mutation(SM90_FP8, TEAM_MEETS, "", case="gated", nth=1),
+    "sm90: after the staging": Mutation(SM90_FP8, TEAM_MEETS, "", case="gated", nth=2),
     # What differs in bf16.
     "sm90 bf16: wait for full": Mutation(
         SM90, "ptx::mbarrier_wait(full + 8 * ring.slot, ring.phase);", "", BF16, case="plain"
@@ -376,7 +392,7 @@ MUTATIONS = {
         SM90_BF16, "GATED ? kHalfBytes : kHalfBytes / 2", "kHalfBytes / 2", case="gated"
     ),
     "sm90 bf16: gate and up": Mutation(
-        SM90, "activate(accum[0][i], accum[1][i], act)", "activate(accum[1][i], accum[0][i], act)",
+        SM90, "activate(x, GATED ? accum[1][i] : x, act)", "activate(accum[1][i], x, act)",
         BF16, case="gated",
     ),
     "sm90 bf16: staged for the group": Mutation(SM90, GROUP_MEETS, "", BF16, case="gated"),

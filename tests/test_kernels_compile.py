@@ -145,10 +145,10 @@ def epilogue_specs(arch: str) -> Iterator[Shipped]:
             config = tuning.select_config(problem, limit)
             spec = gemm_spec(problem, config, activation)
             yield Shipped(spec, tuning.smem_bytes(config, problem))
-        if gated and arch == tuning.SM90_ARCH:
+        if arch == tuning.SM90_ARCH:
             one = tuning.sm90_block_heights(dtype)
             for tile in (one[0], one[-1], tuning.sm90_tiles(dtype)[-1]):
-                problem = GroupedGemmProblem(dtype, dtype, True, True, tile)
+                problem = GroupedGemmProblem(dtype, dtype, gated, True, tile, not gated)
                 hopper = tuning.select_sm90_config(problem)
                 spec = gemm_spec(problem, hopper, activation)
                 yield Shipped(spec, tuning.sm90_smem_bytes(hopper, problem))

@@ -89,9 +89,10 @@ def test_select_tile(dtype):
 FP8_PROBLEM = GroupedGemmProblem(FP8, FP8, gated=True, gather=True, tile=64)
 BF16_PROBLEM = replace(FP8_PROBLEM, dtype=BF16, output_dtype=BF16)
 HOPPER_PROBLEMS = [
-    GroupedGemmProblem(dtype, dtype if gated else BF16, gated, gather, tile)
+    GroupedGemmProblem(dtype, dtype if gated or alone else BF16, gated, gather, tile, alone)
     for dtype in (BF16, FP8)
-    for gated, gather in itertools.product((False, True), repeat=2)
+    for gated, alone in ((False, False), (True, False), (False, True))
+    for gather in (False, True)
     for tile in tuning.sm90_tiles(dtype)
 ]
 
@@ -128,13 +129,16 @@ class TestHopper:
         config = tuning.Sm90Config(block_n=64, num_stages=4, num_chunks=3)
         common = 4 * (256 + 64) * 128 + 3 * 2 * 4096 + 8 * (2 * 4 + 4 * 3)
         assert tuning.sm90_smem_bytes(config, BF16_PROBLEM) == common
-        # Scales: two halves of four rows of five vectors a stage; largest of 8 warps; two a row.
-        # Where nothing is requantised, room for two rows.
-        scales = 4 * (4 * 2 * 4 * 20 + 8 * 64 + 2 * 64)
+        # Token scales: four rows of five vectors a stage. Two barriers or weight scales a stage.
+        # A row that is requantised: largest of 8 warps; four values to divide by.
+        scales, stage = 4 * 4 * 4 * 20, 2 * 8 * 4
         fp8 = tuning.sm90_smem_bytes(config, FP8_PROBLEM)
-        assert fp8 == common + scales + 8 * 4
+        assert fp8 == common + scales + stage + 64 * 4 * (8 + 4)
+        # Without a gate each half has scales of its own, and a warpgroup divides by its own.
+        alone = replace(FP8_PROBLEM, gated=False, activated=True)
+        assert tuning.sm90_smem_bytes(config, alone) == common + 2 * scales + stage + 64 * 4 * 16
         down = replace(FP8_PROBLEM, gated=False, output_dtype=BF16)
-        assert tuning.sm90_smem_bytes(config, down) == fp8 - 4 * 10 * (64 - 2)
+        assert tuning.sm90_smem_bytes(config, down) == common + 2 * scales + stage + 4 * 16
 
     @pytest.mark.parametrize(
         ("problem", "config", "reason"),
@@ -146,8 +150,8 @@ class TestHopper:
             ({"tile": 112}, {"block_n": 48, "cluster": 2}, "2 blocks of 48 do not hold"),
             ({}, {"num_stages": 3}, "num_stages = 3: the pipeline needs 4"),
             ({}, {"num_chunks": 1}, "num_chunks = 1: the epilogue needs 2"),
-            ({}, {"num_stages": 9}, "393632 bytes of shared memory: a block may have 232448"),
-            ({}, {"num_chunks": 20}, "333536 bytes of shared memory: a block may have 232448"),
+            ({}, {"num_stages": 9}, "391328 bytes of shared memory: a block may have 232448"),
+            ({}, {"num_chunks": 20}, "332800 bytes of shared memory: a block may have 232448"),
         ],
     )
     def test_why_illegal(self, problem, config, reason):
@@ -179,7 +183,8 @@ class TestHopper:
         """Hopper's own kernels run a layer's GEMMs on Hopper, the portable one all else."""
         select, arch = tuning.select_gemm, tuning.SM90_ARCH
         for up in (BF16_PROBLEM, FP8_PROBLEM):
-            for problem in (up, replace(up, gated=False, output_dtype=BF16)):
+            alone = replace(up, gated=False, activated=True)
+            for problem in (up, alone, replace(up, gated=False, output_dtype=BF16)):
                 assert select(problem, arch, HOPPER) == tuning.select_sm90_config(problem)
                 portable = tuning.select_config(problem, HOPPER)
                 assert select(problem, arch, HOPPER, portable=True) == portable
@@ -188,7 +193,6 @@ class TestHopper:
             replace(PROBLEM, dtype="float16", output_dtype="float16"),
             replace(PROBLEM, output_dtype="float32"),
             replace(FP8_PROBLEM, output_dtype=BF16),
-            replace(FP8_PROBLEM, gated=False, activated=True),
             replace(FP8_PROBLEM, gated=False, activated=True, output_dtype=BF16),
         ):
             assert select(other, arch, HOPPER) == tuning.select_config(other, HOPPER)

@@ -69,25 +69,47 @@ __device__ __forceinline__ float quotient(float a, float b, float reciprocal) {
   return __fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q);
 }
 
-/// Divides the values of a block by its scale, e4m3_scale(amax), and returns the scale. Scale and e4m3
-/// values have the bits of true divisions, at three operations for each value.
-template <int kCount>
-__device__ __forceinline__ float divide_by_scale(float (&y)[kCount], float amax) {
-  if (amax >= 0x1p-80f && amax <= 0x1p108f) {
+/// How to divide by a scale: quotient(y * factor, divisor, reciprocal) rounds y / scale to the bits, or
+/// to what e4m3 cannot tell from it. The factor is a power of two that keeps remainders from being
+/// subnormal or infinite, and 1 for an `amax` within the bounds of usual_amax.
+struct __align__(16) Divisor {
+  float divisor, reciprocal, factor, unused_;
+};
+
+__device__ __forceinline__ bool usual_amax(float amax) {
+  return amax >= 0x1p-80f && amax <= 0x1p108f;
+}
+
+/// The scale of a block, e4m3_scale(amax), and how to divide by it.
+__device__ __forceinline__ float block_scale(float amax, Divisor& by) {
+  if (usual_amax(amax)) {
     const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
     const float guess = ptx::rcp_approx_ftz(scale);
-    const float reciprocal = __fmaf_rn(guess, -__fmaf_rn(scale, guess, -1.0f), guess);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i], scale, reciprocal);
+    by = {scale, __fmaf_rn(guess, -__fmaf_rn(scale, guess, -1.0f), guess), 1.0f, 0.0f};
     return scale;
   }
-  // NOTE: kept from subnormal remainders by a power of two, which changes no quotient that e4m3 can hold.
   const float scale = e4m3_scale(amax), factor = amax < 1.0f ? 0x1p64f : 0x1p-64f;
-  const float reciprocal = __frcp_rn(scale * factor);
-  const float divisor =
-      scale == INFINITY ? 0.0f : scale * factor;  // finite / inf = 0, inf / inf = NaN
+  // Finite / inf = 0, inf / inf = NaN.
+  by = {scale == INFINITY ? 0.0f : scale * factor, __frcp_rn(scale * factor), factor, 0.0f};
+  return scale;
+}
+
+__device__ __forceinline__ float divide(float y, const Divisor& by) {
+  return quotient(y * by.factor, by.divisor, by.reciprocal);
+}
+
+/// Divides the values of a block by its scale and returns it: three operations for each value.
+template <int kCount>
+__device__ __forceinline__ float divide_by_scale(float (&y)[kCount], float amax) {
+  Divisor by;
+  const float scale = block_scale(amax, by);
+  if (usual_amax(amax)) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i] * factor, divisor, reciprocal);
+    for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i], by.divisor, by.reciprocal);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) y[i] = divide(y[i], by);
+  }
   return scale;
 }
 

@@ -44,6 +44,13 @@ __device__ __forceinline__ T* opaque(T* pointer) {
   return pointer;
 }
 
+/// The same value, of which the compiler no longer knows whence it comes: what is computed from it stays
+/// behind the `asm volatile` before. No instruction.
+__device__ __forceinline__ float opaque(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+
 /// Copies 16 bytes to shared memory past L1; the bytes from `src_bytes` on become zero
 /// (PTX ISA, "cp.async"). The source is not read when `src_bytes` is 0.
 __device__ __forceinline__ void cp_async_cg_16(uint32_t smem, const void* gmem, int src_bytes) {

@@ -36,8 +36,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared& smem, const Wor
       wgmma::fence();
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        wgmma::mma_bf16<BLOCK_N>(accum[part], wgmma::descriptor(weights + part * part_bytes), tokens,
-                                 true);
+        wgmma::mma_bf16<BLOCK_N>(accum[part], wgmma::descriptor(weights + part * part_bytes),
+                                 tokens, true);
       }
       wgmma::commit();
       wgmma::wait<1>();

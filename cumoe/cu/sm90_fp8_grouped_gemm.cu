@@ -7,29 +7,34 @@
 // summed by wgmma and added times its scales in fp32 (two levels). A consumer has two such products on
 // the way: one is added while the other runs.
 //
-// From -D   those of sm90_grouped.cuh; GATED writes fp8 with 1 x 128 scales, else bf16
+// From -D   those of sm90_grouped.cuh; ACTIVATED writes fp8 with 1 x 128 scales, else bf16
 #include "sm90_grouped.cuh"
 
 using namespace cumoe;
 
 constexpr int kStageRow = 128 + 16;  // bytes; padded so that neighbouring tokens lie in other banks
-constexpr int kRequantised = GATED ? BLOCK_N : 2;     // tokens
-constexpr int kScaleVectors = ceil_div(BLOCK_N, 16);  // of a lane's tokens
-constexpr int kScaleRow = (kScaleVectors | 1) * 4;    // floats; four rows in other banks
-constexpr int kSplit = 1;
-constexpr int kUnroll = 2;  // stages between which products overlap
+constexpr int kScaleSets = GATED ? 1 : 2;
+constexpr int kTeams = GATED ? 1 : kConsumers;  // threads that share columns of the result
+constexpr int kTeamThreads = kConsumerThreads / kTeams;
+constexpr int kRequantised = ACTIVATED ? BLOCK_N : 1;  // tokens
+constexpr int kScaleVectors = ceil_div(BLOCK_N, 16);   // of a lane's tokens
+constexpr int kScaleRow = (kScaleVectors | 1) * 4;     // floats; four rows in other banks
+constexpr int kUnroll = 2;                             // stages between which products overlap
 constexpr int kGatherThreads = 2 * kWarpSize;
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
 static_assert(BLOCK_N % 8 == 0 && BLOCK_N >= 8 && BLOCK_N <= 88, "n of the wgmma, in registers");
-static_assert(!GATED || BLOCK_N * kStageRow <= kConsumers * NUM_CHUNKS * kChunkBytes, "staging");
+static_assert(!ACTIVATED || kTeams * BLOCK_N * kStageRow <= kConsumers * NUM_CHUNKS * kChunkBytes,
+              "staging");
 
 struct Smem : Shared {
-  // Products of a token's and a weight half's scale: [column % 8 / 2][column / 8][column % 2].
-  float scale[NUM_STAGES][2][4 * kScaleRow];
+  // Scales of the tokens, [column % 8 / 2][column / 8][column % 2]: with GATED as they are, else times
+  // that of a weight half.
+  float scale[NUM_STAGES][kScaleSets][4 * kScaleRow];
+  Divisor by_scale[kTeams][kRequantised];
   float amax[kConsumers * 4][kRequantised];
-  float2 row_scale[kRequantised];  // and its reciprocal
-  uint64_t landed[NUM_STAGES];     // gathered tokens, of which warp 3 tells the consumers
+  float2 weight_scale[NUM_STAGES];  // of gate and up
+  uint64_t landed[NUM_STAGES];      // gathered tokens, of which warp 3 tells the consumers
 };
 
 /// Warp 3: the scales of every stage, loaded two stages ahead; then gathered tokens are announced, too.
@@ -76,10 +81,13 @@ __device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const W
         const int at = column % 8 / 2 * kScaleRow + column / 8 * 2 + column % 2;
         if (column < BLOCK_N) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            smem.scale[ring.slot][h][at] = ahead[0][i] * ahead[0][kPerLane + h];
+          for (int h = 0; h < kScaleSets; ++h) {
+            smem.scale[ring.slot][h][at] = ahead[0][i] * (GATED ? 1.0f : ahead[0][kPerLane + h]);
           }
         }
+      }
+      if (GATED && lane == 0) {
+        smem.weight_scale[ring.slot] = make_float2(ahead[0][kPerLane], ahead[0][kPerLane + 1]);
       }
       if constexpr (GATHER) {
         ring.wait(smem.landed, ring.phase);
@@ -95,142 +103,133 @@ __device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const W
   }
 }
 
-/// Two warpgroups swap `values`, thread for thread.
-__device__ __forceinline__ void exchange(Smem& smem, float (&values)[BLOCK_N / 2], int thread) {
-  constexpr int kRound = kConsumers * NUM_CHUNKS * kChunkBytes / (kConsumerThreads * 16) * 4;
-  float4* slots = reinterpret_cast<float4*>(smem.chunks[0][0]);
-#pragma unroll
-  for (int first = 0; first < BLOCK_N / 2; first += kRound) {
-    ptx::named_barrier_sync(1, kConsumerThreads);  // the round before, or rows of the tile before
-#pragma unroll
-    for (int i = 0; i < kRound && first + i < BLOCK_N / 2; i += 4) {
-      const float* v = values + first + i;
-      slots[i / 4 * kConsumerThreads + thread] = make_float4(v[0], v[1], v[2], v[3]);
-    }
-    ptx::named_barrier_sync(1, kConsumerThreads);
-#pragma unroll
-    for (int i = 0; i < kRound && first + i < BLOCK_N / 2; i += 4) {
-      const float4 v = slots[i / 4 * kConsumerThreads + (thread ^ 128)];
-      values[first + i] = v.x, values[first + i + 1] = v.y;
-      values[first + i + 2] = v.z, values[first + i + 3] = v.w;
-    }
-  }
-}
-
-/// y / scale.x, where scale.y is the reciprocal or zero.
-__device__ __forceinline__ float divided(float y, float2 scale) {
-  return scale.y != 0.0f ? quotient(y, scale.x, scale.y) : __fdiv_rn(y, scale.x);
-}
-
-/// Activation, one scale a token over the tile's 128 columns, fp8 rows.
+/// Activation, one scale a token over 128 columns, fp8 rows. With GATED both warpgroups have 64 of the
+/// tile's 128 columns, else each has 128 of its own: a team.
 __device__ __forceinline__ void store_requantised(const Params& p, Smem& smem, const Tile& tile,
-                                                  float (&gate)[BLOCK_N / 2],
-                                                  const float (&up)[BLOCK_N / 2], int thread) {
+                                                  float (&y)[2][BLOCK_N / 2], int group,
+                                                  int thread) {
+  constexpr int kParts = GATED ? 1 : 2;
+  const int team = GATED ? 0 : group, member = GATED ? thread : thread % 128;
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
-  const int row = warp * 16 + lane / 4;  // weight row within 128, and eight further
+  const auto meet = [&] { ptx::named_barrier_sync(1 + team, kTeamThreads); };
   const ActivationValues act = activation_of(p.activation, tile.expert);
+  // NOTE: all columns, tokens or not: one long run of independent arithmetic.
 #pragma unroll
-  for (int j = 0; j < BLOCK_N / 8; ++j) {
-    if (j >= tile.groups()) break;
+  for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-    for (int v = 0; v < 4; ++v) gate[4 * j + v] = activate(gate[4 * j + v], up[4 * j + v], act);
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float amax = fmaxf(fabsf(gate[4 * j + c]), fabsf(gate[4 * j + 2 + c]));
-#pragma unroll
-      for (int offset = 4; offset < kWarpSize; offset *= 2) {
-        amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, offset));
-      }
-      if (lane < 4) smem.amax[warp][8 * j + 2 * lane + c] = amax;
+    for (int i = 0; i < BLOCK_N / 2; ++i) {
+      y[part][i] = activate(y[part][i], y[GATED ? 1 : part][i], act);
     }
   }
-  ptx::named_barrier_sync(1, kConsumerThreads);
-  if (thread < tile.rows) {
+#pragma unroll
+  for (int i = 0; i < BLOCK_N / 4; ++i) {
     float amax = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kConsumers * 4; ++w) amax = fmaxf(amax, smem.amax[w][thread]);
-    const float scale = e4m3_scale(amax);
-    // Quotients by a reciprocal are those of a division unless a remainder is subnormal or infinite.
-    const bool usual = scale >= 0x1p-90f && scale <= 0x1p100f;
-    smem.row_scale[thread] = make_float2(scale, usual ? __frcp_rn(scale) : 0.0f);
-    p.out_scale[(tile.row0 + thread) * p.out_scale_row_stride +
-                tile.column_tile * p.out_scale_block_stride] = scale;
+    for (int part = 0; part < kParts; ++part) {
+      const float* values = y[part] + i / 2 * 4 + i % 2;
+      amax = fmaxf(amax, fmaxf(fabsf(values[0]), fabsf(values[2])));
+    }
+#pragma unroll
+    for (int offset = 4; offset < kWarpSize; offset *= 2) {
+      amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, offset));
+    }
+    if (lane < 4) smem.amax[warp][i / 2 * 8 + 2 * lane + i % 2] = amax;
   }
-  ptx::named_barrier_sync(1, kConsumerThreads);
+  meet();
+  const int block = GATED ? tile.column_tile : tile.column_tile * 2 + group;
+  if (member < tile.rows) {
+    float amax = 0.0f;
 #pragma unroll
-  for (int j = 0; j < BLOCK_N / 8; ++j) {
-    if (j >= tile.groups()) break;
-    const int column = 8 * j + 2 * (lane % 4);
-    const float2 s0 = smem.row_scale[column], s1 = smem.row_scale[column + 1];
-    uint8_t* to = smem.chunks[0][0] + column * kStageRow + row;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t q =
-          e4m3x2_from_f32(divided(gate[4 * j + 2 * h], s0), divided(gate[4 * j + 2 * h + 1], s1));
-      to[8 * h] = static_cast<uint8_t>(q);
-      to[8 * h + kStageRow] = static_cast<uint8_t>(q >> 8);
+    for (int w = 0; w < kTeamThreads / kWarpSize; ++w) {
+      amax = fmaxf(amax, smem.amax[team * 4 + w][member]);
+    }
+    const float scale = block_scale(amax, smem.by_scale[team][member]);
+    if (block * 128 < p.n) {
+      p.out_scale[(tile.row0 + member) * p.out_scale_row_stride +
+                  block * p.out_scale_block_stride] = scale;
     }
   }
-  ptx::named_barrier_sync(1, kConsumerThreads);
-  const int column0 = tile.column_tile * 128;
-  for (int i = thread; i < tile.rows * 8; i += kConsumerThreads) {
-    const int token = i / 8, column = i % 8 * 16;
-    if (column0 + column >= p.n) continue;
-    const int64_t at = static_cast<int64_t>(tile.row0 + token) * p.n + column0 + column;
+  meet();
+  uint8_t* staging = smem.chunks[0][0] + team * (BLOCK_N * kStageRow);
+#pragma unroll
+  for (int i = 0; i < BLOCK_N / 4; i += 2) {
+    const int token = i * 4 + 2 * (lane % 4);
+    const Divisor first = smem.by_scale[team][token], second = smem.by_scale[team][token + 1];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      uint8_t* to = staging + token * kStageRow + part * 64 + member / kWarpSize * 16 + lane / 4;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float* values = y[part] + 2 * i + 2 * h;
+        const uint32_t q = e4m3x2_from_f32(divide(values[0], first), divide(values[1], second));
+        to[8 * h] = static_cast<uint8_t>(q);
+        to[8 * h + kStageRow] = static_cast<uint8_t>(q >> 8);
+      }
+    }
+  }
+  meet();
+  for (int i = member; i < tile.rows * 8; i += kTeamThreads) {
+    const int token = i / 8, column = block * 128 + i % 8 * 16;
+    if (column >= p.n) continue;
+    const int64_t at = static_cast<int64_t>(tile.row0 + token) * p.n + column;
     *reinterpret_cast<uint4*>(static_cast<uint8_t*>(p.out) + at) =
-        *reinterpret_cast<const uint4*>(smem.chunks[0][0] + token * kStageRow + column);
+        *reinterpret_cast<const uint4*>(staging + token * kStageRow + i % 8 * 16);
   }
 }
 
 /// A consumer's registers: of each part of 64 weight rows the sums and the product of 128 of k, and the
-/// scales of a lane's tokens times that of the weights.
+/// scales of a lane's tokens times that of the weights. With GATED the parts are the same rows of gate
+/// and of up, else those of one half.
 struct Consumer {
   Smem& smem;
   const int lane, group;
-  const bool never;  // false, which the compiler cannot know
+  const uint32_t zero;  // unknown to the compiler
   Stages in;
   float4 scales[kScaleVectors];
+  float2 weight_scale = {1.0f, 1.0f};  // of gate and up
   float accum[2][BLOCK_N / 2], product[2][BLOCK_N / 2];
 
-  /// Keeps ptxas from moving arithmetic past this point: it would give products further registers.
-  __device__ __forceinline__ void fixed_order() const {
-    while (never) ptx::nanosleep(1);
-  }
-
   __device__ __forceinline__ const float4* scales_of_stage() const {
-    const float* row = smem.scale[in.ring.slot][group] + lane % 4 * kScaleRow;
+    const float* row = smem.scale[in.ring.slot][GATED ? 0 : group] + lane % 4 * kScaleRow;
     return reinterpret_cast<const float4*>(row);
   }
 
   __device__ __forceinline__ void multiply(int part) {
-    const uint32_t weights = in.stage() + group * kHalfBytes + part * (kHalfBytes / 2);
+    const int half = GATED ? part : group, quarter = GATED ? group : part;
+    const uint32_t weights = in.stage() + half * kHalfBytes + quarter * (kHalfBytes / 2);
     wgmma::fence();
     wgmma::mma_e4m3<BLOCK_N>(product[part], wgmma::descriptor(weights),
                              wgmma::descriptor(in.stage() + 2 * kHalfBytes), false);
     wgmma::commit();
-    fixed_order();
   }
 
   /// Adds a product; with `load` the scales are replaced by those of the ring's stage as they are done
   /// with. NOTE: a load waits in line behind products already issued: long before it is needed.
   __device__ __forceinline__ void add(int part, bool load) {
     const float4* next = scales_of_stage();
+    float weight = part == 0 ? weight_scale.x : weight_scale.y;
+    if constexpr (GATED) {
+      // NOTE: tied to the product, or ptxas multiplies by it, and so waits for the scales, between the
+      // instructions that issue the next one.
+      product[part][0] = ptx::opaque(product[part][0]);
+      weight =
+          __uint_as_float(__float_as_uint(weight) | (__float_as_uint(product[part][0]) & zero));
+    }
 #pragma unroll
     for (int v = 0; v < kScaleVectors; ++v) {
       const float4 scale = scales[v];
 #pragma unroll
       for (int i = 8 * v; i < 8 * v + 8 && i < BLOCK_N / 2; ++i) {
         const int column = i % 8 / 4 * 2 + i % 2;
-        const float factor = column == 0   ? scale.x
-                             : column == 1 ? scale.y
-                             : column == 2 ? scale.z
-                                           : scale.w;
-        accum[part][i] = fmaf(product[part][i], factor, accum[part][i]);
+        const float token = column == 0   ? scale.x
+                            : column == 1 ? scale.y
+                            : column == 2 ? scale.z
+                                          : scale.w;
+        accum[part][i] = fmaf(product[part][i], GATED ? token * weight : token, accum[part][i]);
       }
       if (load) scales[v] = next[v];
-      if (kSplit && v == kScaleVectors / 2 - 1) fixed_order();
     }
-    fixed_order();
+    if (GATED && load) weight_scale = smem.weight_scale[in.ring.slot];
   }
 
   /// Before the first stage of a tile.
@@ -241,6 +240,7 @@ struct Consumer {
     const float4* first = scales_of_stage();
 #pragma unroll
     for (int v = 0; v < kScaleVectors; ++v) scales[v] = first[v];
+    if constexpr (GATED) weight_scale = smem.weight_scale[in.ring.slot];
   }
 
   /// STAGES stages, of which each product runs while the one before it is added; `more` follow.
@@ -272,23 +272,17 @@ struct Consumer {
 /// Warpgroups 1 and 2: products, promotion and epilogue.
 __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work& work, int thread) {
   const int lane = thread % kWarpSize, group = __shfl_sync(kFullMask, thread / 128, 0);
-  const bool never = __shfl_sync(kFullMask, p.w_scale_rows, 0) < 0;
-  Consumer consumer{smem, lane, group, never, Stages(smem, lane)};
+  const uint32_t zero = static_cast<uint32_t>(p.w_scale_rows) >> 31;
+  Consumer consumer{smem, lane, group, zero, Stages(smem, lane)};
   Ring<NUM_CHUNKS> chunks;
   for (int item = work.first; item < work.count; item += work.stride) {
-    const Tile tile(p, item, work.rank);
     consumer.begin();
     int left = work.steps;
     for (; left >= kUnroll; left -= kUnroll) consumer.run<kUnroll>(left > kUnroll);
     for (; left > 0; --left) consumer.run<1>(left > 1);
-    if constexpr (GATED) {
-      // Group 0 has the gate, group 1 up: each keeps a part and is given the other half of it.
-      if (group == 0) {
-        exchange(smem, consumer.accum[1], thread);
-      } else {
-        exchange(smem, consumer.accum[0], thread);
-      }
-      store_requantised(p, smem, tile, consumer.accum[0], consumer.accum[1], thread);
+    const Tile tile(p, item, work.rank);  // NOTE: not before, for its registers
+    if constexpr (ACTIVATED) {
+      store_requantised(p, smem, tile, consumer.accum, group, thread);
     } else {
       store_bf16(p, smem, tile, consumer.accum, chunks, group, thread);
     }
@@ -322,7 +316,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
       load_scales(p, smem, work, lane);
     } else if constexpr (GATHER) {
       gather_tokens<kGatherThreads>(p, smem, smem.landed, work, threadIdx.x - kWarpSize);
-    } else if constexpr (!GATED) {
+    } else if constexpr (!ACTIVATED) {
       write_rows(p, smem, work, warp - 1, lane);
     }
   } else {

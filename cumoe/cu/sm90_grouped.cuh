@@ -13,7 +13,7 @@
 // Barriers  full[s]     TMA bytes, gathering threads, a kernel's own loaders; consumers wait
 //           empty[s]    8 * CLUSTER consumer warps of all blocks of the cluster; producers wait
 //           staged, drained[group][c]  a chunk of finished rows, between a consumer and its writer
-// From -D   GATED GATHER BLOCK_N NUM_STAGES NUM_CHUNKS CLUSTER
+// From -D   GATED ACTIVATED (the epilogue is the activation; always with GATED) GATHER BLOCK_N NUM_STAGES NUM_CHUNKS CLUSTER
 #pragma once
 
 #include "activation.cuh"
@@ -59,6 +59,7 @@ constexpr int kBoxRows = BLOCK_N > 64 && BLOCK_N % 16 == 0 ? BLOCK_N / 2 : BLOCK
 constexpr bool kWriters = !GATHER;  // warps 1 and 2 write finished rows
 constexpr int kChunkTokens = 32, kChunkBytes = kChunkTokens * 128;
 
+static_assert(ACTIVATED || !GATED, "gate and up come together in the activation");
 static_assert(CLUSTER == 1 || CLUSTER == 2, "a block loads both weight halves or one");
 static_assert(BLOCK_N % kBoxRows == 0, "whole boxes of tokens");
 
@@ -270,16 +271,17 @@ __device__ __forceinline__ int first_column(const Tile& tile, int part, int grou
                : tile.column_tile * 256 + group * 128 + part * 64;
 }
 
-/// A warpgroup rounds its rows to bf16 and hands them over in chunks: with GATED those of the activation
-/// of its two parts, else both parts.
+/// A warpgroup rounds its rows to bf16 and hands them over in chunks: with GATED the activation of its
+/// two parts, else both parts.
 __device__ __forceinline__ void store_bf16(const Params& p, Shared& smem, const Tile& tile,
                                            const float (&accum)[2][BLOCK_N / 2],
                                            Ring<NUM_CHUNKS>& ring, int group, int thread) {
   const int lane = thread % kWarpSize, warp = thread / kWarpSize % 4;
   const ActivationValues act =
-      GATED ? activation_of(p.activation, tile.expert) : ActivationValues{};
+      ACTIVATED ? activation_of(p.activation, tile.expert) : ActivationValues{};
   const auto value = [&](int part, int i) {
-    return GATED ? activate(accum[0][i], accum[1][i], act) : accum[part][i];
+    const float x = accum[part][i];
+    return ACTIVATED ? activate(x, GATED ? accum[1][i] : x, act) : x;
   };
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {

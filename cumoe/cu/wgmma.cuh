@@ -42,11 +42,13 @@ __device__ __forceinline__ void wait() {
 
 /// d = (accumulate ? d : 0) + w @ a.T for e4m3 (PTX ISA, "wgmma.mma_async").
 template <int N>
-__device__ __forceinline__ void mma_e4m3(float (&d)[N / 2], uint32_t w, uint32_t a, bool accumulate);
+__device__ __forceinline__ void mma_e4m3(float (&d)[N / 2], uint32_t w, uint32_t a,
+                                         bool accumulate);
 
 /// The same for bf16.
 template <int N>
-__device__ __forceinline__ void mma_bf16(float (&d)[N / 2], uint32_t w, uint32_t a, bool accumulate);
+__device__ __forceinline__ void mma_bf16(float (&d)[N / 2], uint32_t w, uint32_t a,
+                                         bool accumulate);
 
 // clang-format off
 #define CUMOE_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])

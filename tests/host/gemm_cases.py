@@ -139,16 +139,17 @@ def _gemm90(
 ) -> Callable[[Host], None]:
     """``sm90_*_grouped_gemm``; a cluster takes `tile` tokens.
 
-    By default a layer's: with a gated activation rows are gathered. The pipelines are as shallow as
+    By default a layer's: with an activation rows are gathered. The pipelines are as shallow as
     they may be.
     """
     gated = sizes.get("order") is not None
-    sizes = {"gather": gated, **sizes}
+    activated = gated or "activation" in sizes
+    sizes = {"gather": activated, **sizes}
     if counts is not None:
         sizes |= {"counts": counts, "tokens": sum(counts), "experts": len(counts), "top_k": 1}
-    gemm = _Gemm(dtype, dtype if gated else BF16, **sizes)
+    gemm = _Gemm(dtype, dtype if activated else BF16, **sizes)
     block_n = gemm.tile // cluster
-    fewest = -(-block_n * 144 // 8192) if gemm.out_dtype == FP8 else 1
+    fewest = -(-block_n * 144 // (8192 if gated else 4096)) if gemm.out_dtype == FP8 else 1
     stages = num_stages or SM90_MIN_STAGES[dtype]
     chosen = Sm90Config(block_n, stages, num_chunks or fewest, cluster)
     reason = why_illegal_sm90(chosen, gemm.problem)
@@ -295,6 +296,19 @@ GEMM90_FP8_CASES = [
             counts=(3, 0, 99, 8, 1),
         ),
     ),
+    Case("activated", _gemm90(FP8, k=272, n=272, tile=40, activation=Activation("relu2"))),
+    Case(
+        "activated, one block, several tiles",
+        _gemm90(
+            FP8, num_sms=1, k=144, n=400, tile=24, tokens=30, activation=Activation("silu")
+        ),
+    ),
+    Case(
+        "geglu_tanh",
+        _gemm90(
+            FP8, k=272, n=144, tile=16, order="up_gate", activation=Activation("geglu_tanh")
+        ),
+    ),
 ]  # fmt: skip
 
 GEMM90_BF16_CASES = [
@@ -356,10 +370,9 @@ GEMM90_BF16_CASES = [
             counts=(3, 0, 99, 8, 1),
         ),
     ),
+    Case("silu", _gemm90(BF16, k=136, n=264, tile=40, activation=Activation("silu"))),
     Case(
-        "geglu_tanh",
-        _gemm90(
-            FP8, k=272, n=144, tile=16, order="up_gate", activation=Activation("geglu_tanh")
-        ),
+        "geglu",
+        _gemm90(BF16, k=72, n=136, tile=16, order="up_gate", activation=Activation("geglu")),
     ),
 ]  # fmt: skip
