@@ -174,7 +174,7 @@ def sm90_smem_bytes(config: Sm90Config, problem: GroupedGemmProblem) -> int:
     """Return the dynamic shared memory of a block, the kernel's ``Smem``."""
     n, stages, chunks = config.block_n, config.num_stages, config.num_chunks
     size = stages * (2 * 128 + n) * ROW_BYTES + 2 * chunks * SM90_CHUNK_BYTES
-    size += 8 * (2 * stages + 4 * chunks)
+    size += 16 * stages + 8 * (2 * stages + 4 * chunks)
     if problem.dtype == "float8_e4m3fn":
         sets = 1 if problem.gated else 2  # of token scales, and of teams that requantise
         size += 4 * stages * sets * 16 * (-(-n // 16) | 1) + 2 * 8 * stages
@@ -192,6 +192,13 @@ def _sm90_chunks(block_n: int, problem: GroupedGemmProblem) -> tuple[int, int]:
     return 1, -(-block_n // 32) * (1 if problem.gated else 2)
 
 
+def _sm90_max_block_n(problem: GroupedGemmProblem) -> int:
+    """Return the most tokens a block takes, whose sums must fit its registers."""
+    if problem.dtype == "bfloat16" and problem.gather and not problem.gated:
+        return 176  # consumers that copy rows of two parts need registers for it
+    return SM90_MAX_BLOCK_N[problem.dtype]
+
+
 def select_sm90_config(problem: GroupedGemmProblem) -> Sm90Config:
     """Return the deepest pipeline for a problem's row tiles, then the most chunks that fit.
 
@@ -205,7 +212,7 @@ def select_sm90_config(problem: GroupedGemmProblem) -> Sm90Config:
     heights = sm90_tiles(problem.dtype)
     if problem.tile not in heights:
         raise ValueError(f"tile: expected one of {heights}, got {problem.tile}")
-    cluster = 1 if problem.tile <= SM90_MAX_BLOCK_N[problem.dtype] else 2
+    cluster = 1 if problem.tile <= _sm90_max_block_n(problem) else 2
     block_n = problem.tile // cluster
     fewest, most = _sm90_chunks(block_n, problem)
     fewest = min(most, max(fewest, 2))
@@ -221,7 +228,8 @@ def why_illegal_sm90(config: Sm90Config, problem: GroupedGemmProblem) -> str | N
     """Return why the Hopper kernel cannot run `problem` with `config`, or None if it can."""
     if config.cluster not in (1, 2):
         return f"cluster = {config.cluster}: expected 1 or 2"
-    blocks = sm90_block_heights(problem.dtype)
+    most = _sm90_max_block_n(problem)
+    blocks = tuple(h for h in sm90_block_heights(problem.dtype) if h <= most)
     if config.block_n not in blocks:
         return f"block_n = {config.block_n}: expected one of {blocks}"
     if config.block_n * config.cluster < problem.tile:

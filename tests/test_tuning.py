@@ -105,6 +105,8 @@ class TestHopper:
             assert tuning.why_illegal_sm90(config, problem) is None
             assert config.block_n * config.cluster == problem.tile
             one = problem.tile in tuning.sm90_block_heights(problem.dtype)
+            if problem.gather and not problem.gated and problem.tile == 192:
+                one = False
             assert config.cluster == (1 if one else 2)
             deeper = replace(config, num_stages=config.num_stages + 1)
             fewest = next(
@@ -125,9 +127,9 @@ class TestHopper:
         assert tuning.SM90_SMEM_BYTES == HOPPER
 
     def test_shared_memory(self):
-        """A ring of stages, chunks of both consumers, barriers, and what fp8 needs for scales."""
+        """A ring of stages and their tiles, chunks of both consumers, barriers, and what fp8 needs for scales."""
         config = tuning.Sm90Config(block_n=64, num_stages=4, num_chunks=3)
-        common = 4 * (256 + 64) * 128 + 3 * 2 * 4096 + 8 * (2 * 4 + 4 * 3)
+        common = 4 * (256 + 64) * 128 + 3 * 2 * 4096 + 4 * 16 + 8 * (2 * 4 + 4 * 3)
         assert tuning.sm90_smem_bytes(config, BF16_PROBLEM) == common
         # Token scales: four rows of five vectors a stage. Two barriers or weight scales a stage.
         # A row that is requantised: largest of 8 warps; four values to divide by.
@@ -150,8 +152,8 @@ class TestHopper:
             ({"tile": 112}, {"block_n": 48, "cluster": 2}, "2 blocks of 48 do not hold"),
             ({}, {"num_stages": 3}, "num_stages = 3: the pipeline needs 4"),
             ({}, {"num_chunks": 1}, "num_chunks = 1: the epilogue needs 2"),
-            ({}, {"num_stages": 9}, "391328 bytes of shared memory: a block may have 232448"),
-            ({}, {"num_chunks": 20}, "332800 bytes of shared memory: a block may have 232448"),
+            ({}, {"num_stages": 9}, "391472 bytes of shared memory: a block may have 232448"),
+            ({}, {"num_chunks": 20}, "332864 bytes of shared memory: a block may have 232448"),
         ],
     )
     def test_why_illegal(self, problem, config, reason):

@@ -80,18 +80,28 @@ __device__ __forceinline__ bool usual_amax(float amax) {
   return amax >= 0x1p-80f && amax <= 0x1p108f;
 }
 
-/// The scale of a block, e4m3_scale(amax), and how to divide by it.
-__device__ __forceinline__ float block_scale(float amax, Divisor& by) {
-  if (usual_amax(amax)) {
-    const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
-    const float guess = ptx::rcp_approx_ftz(scale);
-    by = {scale, __fmaf_rn(guess, -__fmaf_rn(scale, guess, -1.0f), guess), 1.0f, 0.0f};
-    return scale;
-  }
+/// The scale of a block with a usual amax, and its reciprocal.
+__device__ __forceinline__ float usual_scale(float amax, float& reciprocal) {
+  const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
+  const float guess = ptx::rcp_approx_ftz(scale);
+  reciprocal = __fmaf_rn(guess, -__fmaf_rn(scale, guess, -1.0f), guess);
+  return scale;
+}
+
+/// The scale of any other block, and how to divide by it.
+__device__ __forceinline__ float unusual_scale(float amax, Divisor& by) {
   const float scale = e4m3_scale(amax), factor = amax < 1.0f ? 0x1p64f : 0x1p-64f;
   // Finite / inf = 0, inf / inf = NaN.
   by = {scale == INFINITY ? 0.0f : scale * factor, __frcp_rn(scale * factor), factor, 0.0f};
   return scale;
+}
+
+/// The scale of a block, e4m3_scale(amax), and how to divide by it.
+__device__ __forceinline__ float block_scale(float amax, Divisor& by) {
+  if (!usual_amax(amax)) return unusual_scale(amax, by);
+  by.divisor = usual_scale(amax, by.reciprocal);
+  by.factor = 1.0f;
+  return by.divisor;
 }
 
 __device__ __forceinline__ float divide(float y, const Divisor& by) {
@@ -101,15 +111,17 @@ __device__ __forceinline__ float divide(float y, const Divisor& by) {
 /// Divides the values of a block by its scale and returns it: three operations for each value.
 template <int kCount>
 __device__ __forceinline__ float divide_by_scale(float (&y)[kCount], float amax) {
-  Divisor by;
-  const float scale = block_scale(amax, by);
   if (usual_amax(amax)) {
+    float reciprocal;
+    const float scale = usual_scale(amax, reciprocal);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i], by.divisor, by.reciprocal);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) y[i] = divide(y[i], by);
+    for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i], scale, reciprocal);
+    return scale;
   }
+  Divisor by;
+  const float scale = unusual_scale(amax, by);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) y[i] = divide(y[i], by);
   return scale;
 }
 

@@ -45,7 +45,7 @@ __device__ __forceinline__ T* opaque(T* pointer) {
 }
 
 /// The same value, of which the compiler no longer knows whence it comes: what is computed from it stays
-/// behind the `asm volatile` before. No instruction.
+/// here, behind the `asm volatile` before. No instruction.
 __device__ __forceinline__ float opaque(float value) {
   asm volatile("" : "+f"(value));
   return value;

@@ -25,7 +25,6 @@ __device__ __forceinline__ void consume(const Params& p, Shared& smem, const Wor
   Stages in(smem, lane);
   Ring<NUM_CHUNKS> chunks;
   for (int item = work.first; item < work.count; item += work.stride) {
-    const Tile tile(p, item, work.rank);
     float accum[2][BLOCK_N / 2] = {};
     int previous = 0;
     for (int step = 0; step < work.steps; ++step) {
@@ -45,6 +44,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared& smem, const Wor
       previous = in.ring.slot;
       in.ring.advance();
     }
+    const Tile tile(smem.tiles[previous]);
     wgmma::wait<0>();
     in.release(previous, lane);
     store_bf16(p, smem, tile, accum, chunks, group, thread);

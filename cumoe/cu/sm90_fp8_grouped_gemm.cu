@@ -243,7 +243,8 @@ struct Consumer {
     if constexpr (GATED) weight_scale = smem.weight_scale[in.ring.slot];
   }
 
-  /// STAGES stages, of which each product runs while the one before it is added; `more` follow.
+  /// STAGES stages, of which each product runs while the one before it is added; `more` follow. The last
+  /// stage of a tile is not released.
   template <int STAGES>
   __device__ __forceinline__ void run(bool more) {
     multiply(0);
@@ -262,7 +263,7 @@ struct Consumer {
         if (more) in.wait();
         wgmma::wait<0>();
       }
-      in.release(previous, lane);
+      if (s < STAGES || more) in.release(previous, lane);
       add(1, s < STAGES || more);
       if (s < STAGES) multiply(1);
     }
@@ -280,7 +281,9 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
     int left = work.steps;
     for (; left >= kUnroll; left -= kUnroll) consumer.run<kUnroll>(left > kUnroll);
     for (; left > 0; --left) consumer.run<1>(left > 1);
-    const Tile tile(p, item, work.rank);  // NOTE: not before, for its registers
+    const int last = consumer.in.ring.slot == 0 ? NUM_STAGES - 1 : consumer.in.ring.slot - 1;
+    const Tile tile(smem.tiles[last]);
+    consumer.in.release(last, lane);
     if constexpr (ACTIVATED) {
       store_requantised(p, smem, tile, consumer.accum, group, thread);
     } else {

@@ -67,6 +67,7 @@ static_assert(BLOCK_N % kBoxRows == 0, "whole boxes of tokens");
 struct Shared {
   uint8_t stages[NUM_STAGES][kStageBytes];
   uint8_t chunks[kConsumers][NUM_CHUNKS][kChunkBytes];
+  int4 tiles[NUM_STAGES];  // of which a stage is, for the consumers
   uint64_t full[NUM_STAGES];
   uint64_t empty[NUM_STAGES];
   uint64_t staged[kConsumers][NUM_CHUNKS];
@@ -105,6 +106,9 @@ struct Tile {
     row0 = first + begin;
     rows = max(min(height, count - begin), 0);
   }
+
+  __device__ __forceinline__ explicit Tile(int4 v)
+      : expert(v.x), row0(v.y), rows(v.z), column_tile(v.w) {}
 
   __device__ __forceinline__ int groups() const { return ceil_div(rows, 8); }
 };
@@ -151,6 +155,7 @@ __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const
       const uint32_t full = ptx::smem_address(&smem.full[ring.slot]);
       const uint32_t stage = ptx::smem_address(smem.stages[ring.slot]);
       ring.wait(smem.empty, ring.phase ^ 1);
+      smem.tiles[ring.slot] = make_int4(tile.expert, tile.row0, tile.rows, tile.column_tile);
       ptx::mbarrier_arrive_expect_tx(full, 2 * kHalfBytes + boxes * kBoxRows * 128);
       const int k = p.block_major ? 0 : step * 128, block = p.block_major ? step : 0;
 #pragma unroll
