@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cumoe
-from cumoe import Routing, RoutingMethod, kernels
+from cumoe import Routing, RoutingMethod, kernels_routing
 from cumoe.reference import routing as reference
 from tests.helpers import BF16, Poisoned, precompile, to_backend, to_host, words
 
@@ -57,7 +57,7 @@ CASES = list(itertools.product(RoutingMethod, SIZES, ("float32", "bfloat16")))
 def compiled() -> None:
     """Compile all kernels of this file in parallel."""
     precompile(
-        kernels.routing_spec(routing_of(method, experts, dtype), dtype, bias)
+        kernels_routing.routing_spec(routing_of(method, experts, dtype), dtype, bias)
         for method, experts, dtype in CASES
         for bias in ("float32", None)
     )

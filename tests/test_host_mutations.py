@@ -44,6 +44,7 @@ class Mutation:
 
 BARRIER, WARP_SYNC = "__syncthreads();", "__syncwarp();"
 GEMM, SM90 = "sm80_grouped_gemm.cu", "sm90_grouped.cuh"
+ROUTING, TOPK, PERMUTE = "routing.cuh", "topk.cuh", "permute.cuh"
 FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_bf16_grouped_gemm"
 SM90_FP8, SM90_BF16 = f"{FP8}.cu", f"{BF16}.cu"
 EMPTY_WAIT = "ring.wait(smem.empty, ring.phase ^ 1);"
@@ -57,31 +58,198 @@ SHORT = "one block, several tiles, short k"
 IDLE = "clusters, a block without rows"
 
 MUTATIONS = {
-    # Removed block barriers, every one there is.
-    "count: barrier after zeroing": Mutation("permute_count.cu", BARRIER, "", case="tails"),
+    # Selection.
+    "routing: tokens": Mutation(
+        "routing_topk.cu", "if (token >= p.num_tokens) return;", "", case="default"
+    ),
+    "routing: experts": Mutation(
+        ROUTING, "inside ? order_image_of_number(key) : 0", "order_image_of_number(key)",
+        "routing_topk", case="negative keys",
+    ),
+    "routing: NaN": Mutation(
+        ROUTING, "x[i] = not_nan(x[i]);", "x[i] = x[i];", "routing_topk", case="top_k"
+    ),
+    "routing: bias of NaN": Mutation(
+        ROUTING, "key = not_nan(__fadd_rn(key, b));", "key = __fadd_rn(key, b);", "routing_topk",
+        case="bias without numbers",
+    ),
+    "routing: scale": Mutation(
+        ROUTING, "__fmul_rn(weight, p.scaling_factor), ", "weight, ", "routing_topk",
+        case="deepseek_v3 groups",
+    ),
+    "routing: group lanes": Mutation(
+        ROUTING, "group < lane / kLanes ? 1u", "group <= lane / kLanes ? 1u", "routing_topk",
+        case="deepseek_v3 groups",
+    ),
+    "routing: ties of groups": Mutation(
+        ROUTING, "(group < lane / kLanes ? 1u : 0u)", "0u", "routing_topk",
+        case="deepseek_v3 groups of one",
+    ),
+    "routing: second of a group": Mutation(
+        ROUTING, "max(min(first, other_first), max(second, other_second))",
+        "max(second, other_second)", "routing_topk", case="deepseek_v3 groups",
+    ),
+    "routing: odd groups": Mutation(
+        ROUTING, "owner ? second : first", "first", "routing_topk", case="deepseek_v3 odd groups"
+    ),
+    "routing: marks of odd groups": Mutation(
+        ROUTING, "group % kGroupSlots == slot", "slot == 0", "routing_topk",
+        case="deepseek_v3 odd groups",
+    ),
+    "routing: groups in a lane": Mutation(
+        ROUTING, "mark = score[i / kGroupSize];", "mark = score[0];", "routing_topk",
+        case="deepseek_v3 groups of one lane",
+    ),
+    "top-k: ties of lanes": Mutation(
+        TOPK, "(lanes & ((1u << lane) - 1u)) == 0", "(lanes >> lane) == 1", "routing_topk"
+    ),
+    "top-k: ties in a lane": Mutation(TOPK, "skip > 0 &&", "skip < 0 &&", "routing_topk"),
+    "top-k: runs of ties": Mutation(
+        TOPK, "lane > 0 && image_before == mine", "image_before == mine", "routing_topk"
+    ),
+    "top-k: ties past the first word": Mutation(
+        TOPK, "equal[i / 32]", "equal[0]", "routing_permute", case="block, 2048 experts"
+    ),
+    "top-k: sort": Mutation(
+        TOPK, "if constexpr (STEP > 1) sort_pass<SORTED, STEP / 2>(v);", "", "routing_topk",
+        case="deepseek_v3 groups of one lane",
+    ),
+    "sigmoid: reduction": Mutation(
+        "exact.cuh", "__fmaf_rn(n, -0x1.62e4p-1f, a)", "__fmaf_rn(n, -0x1.62e3p-1f, a)",
+        "routing_topk", case="many sigmoids",
+    ),
+    "sigmoid: quotient": Mutation(
+        "exact.cuh", "  t = __fmaf_rn(__fmaf_rn(-denominator, t, numerator), reciprocal, t);\n",
+        "", "routing_topk", case="many sigmoids",
+    ),
+    "sigmoid: ends": Mutation(
+        "exact.cuh", "fmaxf(-fabsf(x), -80.0f)", "-fabsf(x)", "routing_topk", case="sigmoid"
+    ),
+    # Routing with the permutation: barriers.
+    "permute: barrier after clearing": Mutation(
+        "routing_permute.cu", BARRIER, "", case="block"
+    ),
+    "permute: barrier after counting": Mutation(
+        "routing_permute.cu", BARRIER, "", case="block", nth=1
+    ),
+    "permute: barrier before the scan": Mutation(
+        "routing_permute.cu", BARRIER, "", case="block", nth=2
+    ),
+    "permute: barrier after the scan": Mutation(
+        "routing_permute.cu", BARRIER, "", case="block", nth=3
+    ),
+    "permute: cluster counts together": Mutation(
+        "routing_permute.cu", "ptx::cluster_sync();", "__syncthreads();", case="cluster"
+    ),
+    "permute: cluster ends together": Mutation(
+        "routing_permute.cu", "ptx::cluster_wait();", "", case="cluster"
+    ),
+    "permute: barrier of the scan": Mutation(PERMUTE, BARRIER, "", "routing_permute", case="block"),
+    "count: barrier after clearing": Mutation("routing_count.cu", BARRIER, "", case="tails"),
     "count: barrier before the store": Mutation(
-        "permute_count.cu", BARRIER, "", case="tails", nth=1
+        "routing_count.cu", BARRIER, "", case="tails", nth=1
     ),
-    "scan: barrier after the counts": Mutation(
-        "permute_scan.cu", BARRIER, "", case="more experts than threads"
+    "place: barrier after clearing": Mutation("permute_place.cu", BARRIER, "", case="tails"),
+    "place: barrier before the scan": Mutation(
+        "permute_place.cu", BARRIER, "", case="tails", nth=1
     ),
-    "scan: barrier before the scan": Mutation("permute_scan.cu", BARRIER, "", case="tails", nth=1),
-    "scan: barrier after reading": Mutation("permute_scan.cu", BARRIER, "", case="tails", nth=2),
-    "scan: barrier after adding": Mutation("permute_scan.cu", BARRIER, "", case="tails", nth=3),
+    "place: barrier after the scan": Mutation(
+        "permute_place.cu", BARRIER, "", case="tails", nth=2
+    ),
+    "permute: warp sync before the update": Mutation(
+        PERMUTE, WARP_SYNC, "", "permute_place", case="given"
+    ),
+    # Its arithmetic.
+    "permute: rank of a source": Mutation(
+        "routing_permute.cu", "ptx::mapa(ptx::smem_address(counts + word), c)",
+        "ptx::mapa(ptx::smem_address(counts + word), 0)", case="cluster",
+    ),
+    "permute: last chunk": Mutation(
+        "routing_permute.cu", "min(chunk_begin + p.chunk_tokens, p.num_tokens)",
+        "chunk_begin + p.chunk_tokens", case="cluster",
+    ),
+    "count: last chunk": Mutation(
+        "routing_count.cu", "min(begin + p.chunk_tokens, p.num_tokens)",
+        "begin + p.chunk_tokens", case="tails",
+    ),
+    "place: last chunk": Mutation(
+        "permute_place.cu", "min(p.chunk_slots, p.num_slots - chunk_begin)", "p.chunk_slots",
+        case="tails",
+    ),
+    "place: ids ahead": Mutation(
+        "permute_place.cu", "if (slot + kWarpSize < end) id", "if (slot < 0) id",
+        case="given, several rounds of a run",
+    ),
+    "permute: halves": Mutation(PERMUTE, "(16 * (expert & 1))", "(16 * (~expert & 1))",
+                                "permute_place", case="tails"),
+    "permute: earlier chunks": Mutation(
+        PERMUTE, "base + j * parts < chunk", "base + j * parts <= chunk", "permute_place",
+        case="tails",
+    ),
+    "permute: chunks ahead": Mutation(
+        PERMUTE, "base += AHEAD * parts", "base += (AHEAD + 1) * parts", "permute_place",
+        case="more chunks than are under way",
+    ),
+    "permute: earlier runs": Mutation(
+        PERMUTE, "running += counts[warp];", "running = counts[warp];", "permute_place",
+        case="given",
+    ),
+    "permute: lanes of the scan": Mutation(
+        PERMUTE, "if (lane >= offset) through", "if (lane > offset) through", "permute_place",
+        case="tails",
+    ),
+    "permute: warps of the scan": Mutation(
+        PERMUTE, "lane < warp ? s.warp_sum[lane]", "lane <= warp ? s.warp_sum[lane]",
+        "permute_place", case="more experts than threads",
+    ),
+    "permute: last offset": Mutation(
+        PERMUTE, "threadIdx.x == blockDim.x - 1", "threadIdx.x == 0", "permute_place", case="tails"
+    ),
+    "permute: peers": Mutation(
+        PERMUTE, "counted(run[expert >> 1], expert) + earlier", "counted(run[expert >> 1], expert)",
+        "permute_place", case="given",
+    ),
+    "permute: slot of -1": Mutation(
+        PERMUTE, "if (row >= 0) t.token_idx", "t.token_idx", "permute_place", case="shard"
+    ),
+    "permute: padding": Mutation(
+        PERMUTE, "lane; r < last * t.tile; r += kWarpSize) t.token_idx[r] = -1;",
+        "lane; r < last * t.tile; r += kWarpSize) t.token_idx[r] = 0;", "permute_place",
+        case="tails",
+    ),
+    "permute: unused tiles": Mutation(
+        PERMUTE, "int i = used + thread", "int i = used + 1 + thread", "permute_place",
+        case="tails",
+    ),
+    "permute: unused rows": Mutation(
+        PERMUTE, "int r = used * t.tile + thread", "int r = used * t.tile + 1 + thread",
+        "permute_place", case="tails",
+    ),
+    "permute: end of a tile": Mutation(
+        PERMUTE, "min((i + 1) * t.tile, row_end)", "row_end", "permute_place",
+        case="given, all on one expert",
+    ),
+    "permute: experts of the lanes": Mutation(
+        PERMUTE, "base + holder * num_warps", "base + holder", "permute_place",
+        case="more experts than threads",
+    ),
+    "experts: shard": Mutation(
+        "experts.cuh", "routed < num_local_routed", "routed <= num_local_routed", "permute_place",
+        case="shard",
+    ),
+    "given: shared experts": Mutation(
+        "given.cuh", "p.top_k < p.columns && id >= p.experts.num_experts", "false",
+        "routing_permute", case="given, packed",
+    ),
+    "given: columns": Mutation(
+        "given.cuh", "column += kWarpSize", "column += 4 * kWarpSize", "routing_permute",
+        case="given, more columns than lanes",
+    ),
+    # Removed block barriers, every one there is.
     "finalize: barrier": Mutation("finalize.cu", BARRIER, "", case="tails"),
     "weights: barrier": Mutation("quantize_fp8_weights.cu", BARRIER, "", case="tails"),
     "gemm: barrier of the pipeline": Mutation(GEMM, BARRIER, "", case="bf16 gated"),
     "gemm: barrier of the scale": Mutation(GEMM, BARRIER, "", case="fp8 gated to fp8", nth=1),
-    # Removed warp synchronisation.
-    "place: warp sync before the update": Mutation(
-        "permute_place.cu", WARP_SYNC, "", case="tails", nth=1
-    ),
-    "routing: warp sync after the groups": Mutation(
-        "routing_topk.cu", WARP_SYNC, "", case="deepseek_v3 groups"
-    ),
-    "routing: warp sync after marking": Mutation(
-        "routing_topk.cu", WARP_SYNC, "", case="deepseek_v3 odd groups", nth=2
-    ),
     # Dropped tail checks.
     "block: rows": Mutation("quantize_fp8_block.cu", "row < p.num_rows && ", "", case="tails"),
     "block: columns": Mutation(
@@ -92,12 +260,6 @@ MUTATIONS = {
     ),
     "weights: columns": Mutation(
         "quantize_fp8_weights.cu", "row >= p.n || column >= p.k", "row >= p.n", case="tails"
-    ),
-    "expand: slots": Mutation(
-        "topk_expand.cu",
-        "if (slot >= static_cast<int64_t>(p.num_tokens) * columns) return;",
-        "",
-        case="packed",
     ),
     "finalize: columns": Mutation(
         "finalize.cu", "if (column >= p.hidden_size) return;", "", case="tails"
@@ -153,20 +315,6 @@ MUTATIONS = {
         "e4m3.cuh", "quotient(amax, kE4m3Max, 1.0f / kE4m3Max)", "amax * (1.0f / kE4m3Max)",
         "activation", case="midpoints",
     ),
-    "routing: tokens": Mutation(
-        "routing_topk.cu", "if (token >= p.num_tokens) return;", "", case="default"
-    ),
-    "routing: experts": Mutation(
-        "routing_topk.cu",
-        "image[i] = expert < NUM_EXPERTS ? order_image(key) : 0;",
-        "image[i] = order_image(key);",
-    ),
-    "count: slots": Mutation(
-        "permute_count.cu",
-        "min(begin + kChunkSlots, p.num_slots)",
-        "begin + kChunkSlots",
-        case="tails",
-    ),
     "gemm: rows": Mutation(GEMM, "if (row >= row_end) continue;", "", case="bf16 gated"),
     "gemm: columns": Mutation(GEMM, "if (column >= p.n) continue;", "", case="bf16 gated"),
     "gemm: k": Mutation(GEMM, "const bool k_valid = k < p.k_bytes;", "const bool k_valid = true;"),
@@ -204,26 +352,8 @@ MUTATIONS = {
         "f16x2_from_e4m3x2(bh >> 16), f16x2_from_e4m3x2(bh & 0xffffu)",
         case="fp8 plain",
     ),
-    # Off by one in the expert offsets.
-    "scan: offsets": Mutation(
-        "permute_scan.cu",
-        "p.expert_offsets[e] = tiles * p.tile;",
-        "p.expert_offsets[e] = (tiles + 1) * p.tile;",
-        case="tails",
-    ),
-    "scan: last offset": Mutation(
-        "permute_scan.cu", "if (threadIdx.x == kThreads - 1) {", "if (threadIdx.x == 0) {",
-        case="tails",
-    ),
-    "experts: row to expert": Mutation(
-        "experts.cuh", "offsets[middle] <= row", "offsets[middle] < row", "permute_place"
-    ),
     "activation: expert": Mutation(
         "activation.cu", "p.tile_expert[row0 / p.tile]", "p.tile_expert[row0 / p.tile / 2]"
-    ),
-    "experts: shard": Mutation(
-        "experts.cuh", "routed < num_local_routed", "routed <= num_local_routed", "permute_count",
-        case="shard",
     ),
     "gemm: expert": Mutation(
         GEMM, "p.tile_expert[row_tile];", "p.tile_expert[row_tile ? row_tile - 1 : 0];"
@@ -390,12 +520,6 @@ MUTATIONS = {
     ),
     "sm90 bf16: cluster ends together": Mutation(SM90_BF16, CLUSTER_ENDS, "", case=IDLE),
     # A slot of -1 written or used.
-    "place: slot of -1": Mutation(
-        "permute_place.cu", "if (row >= 0) p.token_idx", "p.token_idx", case="shard"
-    ),
-    "place: padding": Mutation(
-        "permute_place.cu", "p.token_idx[r] = -1;", "p.token_idx[r] = 0;", case="tails"
-    ),
     "finalize: slot of -1": Mutation(
         "finalize.cu", "if (row[k] < 0) continue;", "", case="tails"
     ),
@@ -404,10 +528,6 @@ MUTATIONS = {
         case="interleaved up first",
     ),
     # Arithmetic that must be exact, and order.
-    "routing: ties": Mutation(
-        "routing_topk.cu", "if (image[i] > best) best", "if (image[i] >= best) best"
-    ),
-    "routing: NaN": Mutation("routing_topk.cu", "return x == x ? x : -INFINITY;", "return x;"),
     "exact: order of the sum": Mutation(
         "exact.cuh",
         "for (int offset = 16; offset > 0; offset /= 2) {",

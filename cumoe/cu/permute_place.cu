@@ -24,7 +24,7 @@ struct Params {
 
 constexpr int kAhead = 16;  // counts that a thread has under way
 
-extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize)
+extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
     permute_place(const __grid_constant__ Params p) {
   extern __shared__ uint32_t smem[];
   const int lane = threadIdx.x % kWarpSize;

@@ -38,7 +38,7 @@ struct Params {
 
 constexpr int kAhead = 4;  // counts that a thread has under way
 
-extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize)
+extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
     routing_permute(const __grid_constant__ Params p) {
   extern __shared__ uint32_t smem[];
   const int lane = threadIdx.x % kWarpSize;
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize)
   });
   ptx::cluster_arrive_relaxed();
 #else
-  __syncthreads();
+  // A thread reads the words that it wrote itself.
   sum_chunks<1>(shared, 1, 0, [&](int, int word) { return counts[word]; });
 #endif
   __syncthreads();

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -45,7 +45,14 @@ def _routing(
 ) -> Callable[[Host], None]:
     def check(host: Host) -> None:
         x = _logits(host, num_tokens, config.num_experts, logits)
-        b = None if bias is None else host.normal((config.num_experts,), bias, 0.3)
+        b = None
+        if bias is not None:
+            numbers = bias if bias in DTYPES else F32
+            b = host.normal((config.num_experts,), numbers, 0.3)
+            if bias == "no numbers":
+                b[1::3], b[2::9], b[5::9] = np.nan, np.inf, -np.inf
+            if bias == "negative":
+                b -= 9
         shape = (num_tokens, config.total_top_k)
         ids, weights = host.empty(shape, "int32"), host.empty(shape, config.weights_dtype)
         replay_out = host.empty((num_tokens, config.top_k), "int16") if replay else None
@@ -57,6 +64,21 @@ def _routing(
             same_bits("replay", replay_out, expected.ids[:, : config.top_k].astype(np.int16))
 
     return check
+
+
+def _sigmoids(host: Host) -> None:
+    """Every lane's sigmoid of numbers of all magnitudes, as a weight of its own."""
+    config = Routing("sigmoid", 32, 32)
+    x = host.rng.standard_normal((400, 32)) * np.exp2(host.rng.integers(-26, 5, (400, 1)))
+    x[:8] = np.linspace(-20, 20, 256).reshape(8, 32)
+    x[8] = 2.0**-23 * np.linspace(-2, 2, 32)
+    x[9] = np.linspace(-110, 110, 32)
+    logits = host.arena.array(x.astype(np.float32))
+    ids, weights = host.empty(x.shape, "int32"), host.empty(x.shape, F32)
+    host.run(kernels_routing.routing_topk(logits, None, ids, weights, None, config))
+    expected = routing.route(logits, config)
+    same_bits("ids", ids, expected.ids)
+    same_bits("weights", weights, expected.weights)
 
 
 ROUTING_CASES = [
@@ -82,6 +104,13 @@ ROUTING_CASES = [
     ),
     Case("deepseek_v3 groups of one", _routing(Routing("deepseek_v3", 12, 3, 12, 5))),
     Case("deepseek_v3 ungrouped", _routing(Routing("deepseek_v3", 33, 5), bias=BF16)),
+    Case(
+        "deepseek_v3 groups of one lane",
+        _routing(Routing("deepseek_v3", 256, 8, 64, 9), bias=F32, logits=BF16),
+    ),
+    Case("bias without numbers", _routing(Routing("minimax2", 40, 4), bias="no numbers")),
+    Case("negative keys", _routing(Routing("minimax2", 33, 4), bias="negative")),
+    Case("many sigmoids", _sigmoids),
     Case("llama4", _routing(Routing("llama4", 16, 1), logits=BF16)),
     Case("renormalize_naive", _routing(Routing("renormalize_naive", 70, 32), logits=BF16)),
     Case("top_k", _routing(Routing("top_k", 33, 5, scaling_factor=0.5), replay=True)),
@@ -103,6 +132,7 @@ Cut = dict[str, Any]
 
 ANY = 1 << 20
 ONE_BLOCK: Cut = {"BLOCK_TOKENS": ANY, "BLOCK_SLOTS": ANY}
+SHIPPED: Cut = {"BLOCK_TOKENS": kernels_routing.BLOCK_TOKENS}
 
 
 def cluster(blocks: int) -> Cut:
@@ -132,9 +162,15 @@ def _check(
 ) -> None:
     """Run the launches of a source and compare everything that they write."""
     num_experts, num_shared, shard = experts
+
+    def allocate(name: str, shape: Sequence[int], dtype: str) -> np.ndarray:
+        array = host.empty(shape, dtype)
+        array[...] = 77  # not -1, which is what belongs in padding
+        return array
+
     local = Experts(num_experts, num_shared, shard or ExpertShard(0, num_experts))
     with mock.patch.multiple(kernels_routing, **cut):
-        permutation, launches = plan_permutation(source, local, tile, "sm_90a", host.take)
+        permutation, launches = plan_permutation(source, local, tile, "sm_90a", allocate)
     names = [launch.spec.name for launch in launches]
     two = cut.get("CLUSTER") == {}
     assert names == (["routing_count", "permute_place"] if two else ["routing_permute"])
@@ -264,8 +300,8 @@ ONE_LAUNCH_CASES = [
     Case("given, more columns than lanes", _given(7, 70, 90, cluster(2), weights=BF16)),
     Case("given, all on one expert", _given(260, 2, 40, cluster(3), tile=64, skew=True)),
     Case("more experts than threads", _given(30, 5, 1100, cluster(2))),
-    Case("16 tokens", _routed(_ODD, 16, {})),
-    Case("17 tokens", _routed(_ODD, 17, {})),
+    Case("last of one block", _routed(_ODD, kernels_routing.BLOCK_TOKENS, SHIPPED)),
+    Case("first of a cluster", _routed(_ODD, kernels_routing.BLOCK_TOKENS + 1, SHIPPED)),
 ]  # fmt: skip
 
 TWO_LAUNCH_CASES = [
