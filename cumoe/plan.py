@@ -83,14 +83,15 @@ class DevicePlan:
         )
         self.stages["routing"] = launches
         self._bind_source(source, launches)
-        topk_weights = call.topk_weights if source.weights is None else source.weights
+        self._own_weights = source.weights is None
+        topk_weights = call.topk_weights if self._own_weights else source.weights
         rows = self._plan_experts(call, workspace)
         self.parts = ExpertParts(rows, topk_weights, self.permutation.permuted_idx)
         assert columns == self.permutation.permuted_idx.shape[1]
         if call.out is not None:
             item = kernels.finalize(*self.parts, call.out)
             self._bind("out", item, "out")
-            if topk_weights is call.topk_weights:
+            if self._own_weights:
                 self._bind("topk_weights", item, "weights")
             self.stages["finalize"] = [item]
 
@@ -189,7 +190,7 @@ class DevicePlan:
 
     def parts_of(self, call: LayerCall) -> ExpertParts:
         """Return the parts, with the call's own weights where no stage made new ones."""
-        own = call.logits is None and "routing" not in self.stages
+        own = self._own_weights
         return self.parts._replace(topk_weights=call.topk_weights) if own else self.parts
 
 

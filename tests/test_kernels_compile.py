@@ -52,7 +52,7 @@ ROUTING_SIZES = [
 MAX_REGISTERS = {
     "activation": 168,
     "finalize": 32,
-    "permute_place": 56,
+    "permute_place": 80,
     "quantize_fp8_block": 40,
     "quantize_fp8_weights": 120,
     "routing_count": 192,
@@ -93,9 +93,11 @@ def routing_specs(arch: str) -> Iterator[Shipped]:
         weights = ids.astype(DTYPES[routing.weights_dtype])
         source = Source(ids, weights, logits=logits, bias=bias, routing=routing)
         specs = kernels_routing.route_permute_specs(source, arch)
-        # Another method changes the selection, which is in the first of them.
-        chosen = specs if method is RoutingMethod.DEEPSEEK_V3 else specs[:1]
-        yield from map(Shipped, chosen)
+        # Another method changes the selection, which is in all of them.
+        if method is RoutingMethod.DEEPSEEK_V3:
+            yield from map(Shipped, specs)
+        elif arch == tuning.SM90_ARCH:
+            yield Shipped(specs[0])
     ids, weights = np.zeros((1, 2), np.int32), np.zeros((1, 2), F32)
     given = [Source(ids_in=ids), Source(ids, weights.astype(BF16), ids_in=ids, packed=True)]
     for scores in (weights, weights.astype(BF16)):
