@@ -28,7 +28,7 @@ from bench.harness import measure
 from bench.inputs import find_backend, free_memory, make_bias, to_backend, to_host
 from bench.record import REPO, Row, make_row, print_table, write_results
 from bench.shapes import MODELS, ModelShape
-from cumoe import ExpertShard, Permutation
+from cumoe import ExpertShard
 from cumoe.arrays import FP8
 from cumoe.config import Array, Routing, RoutingMethod
 from cumoe.kernels_routing import Experts, Source, route_permute_specs
@@ -77,7 +77,9 @@ class Case:
         for name, want in self.expected.items():
             got = to_host(self.written[name])
             word = f"u{want.dtype.itemsize}"
-            if (np.ascontiguousarray(got).view(word) != np.ascontiguousarray(want).view(word)).any():
+            if (
+                np.ascontiguousarray(got).view(word) != np.ascontiguousarray(want).view(word)
+            ).any():
                 raise ArithmeticError(f"wrong answer: {name} differs from the twin")
 
 
@@ -228,8 +230,8 @@ def bench_case(
         "clock": "host" if on_host else "device",
         "flush_l2": False,
     }
-    graph = {} if on_host else {"graph": True, "calls": GRAPH_CALLS}
-    timing = measure({"routing": lambda i: case.work()}, **graph, **settings)["routing"]
+    graph: dict[str, Any] = {} if on_host else {"graph": True, "calls": GRAPH_CALLS}
+    timing = measure({"routing": lambda i: case.work()}, **settings, **graph)["routing"]
     alone = peer_of(xp, case)
     settings["repeats"] = min(args.repeats, 5)
     found = measure({"peer": lambda i: alone()}, **settings)["peer"]

@@ -1,12 +1,12 @@
 """The host side of routing and permutation: how tokens are cut into chunks, and the launches.
 
-As ``kernels.py``. From logits, or from ids that the caller gives, to ids, weights and permutation: one
-launch for few tokens, two for many.
+As ``kernels.py``. From logits, or from ids that the caller gives, to ids, weights and permutation:
+one launch for few tokens, two for many.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cumoe.arrays import dtype_name
@@ -114,7 +114,9 @@ class Source:
     @property
     def num_tokens(self) -> int:
         """Rows of the input."""
-        return int((self.ids_in if self.logits is None else self.logits).shape[0])
+        given = self.ids_in if self.logits is None else self.logits
+        assert given is not None
+        return int(given.shape[0])
 
     @property
     def top_k(self) -> int:
@@ -127,7 +129,9 @@ class Source:
     @property
     def columns(self) -> int:
         """Columns of the ids that are permuted."""
-        return int((self.ids_in if self.ids is None else self.ids).shape[1])
+        permuted = self.ids_in if self.ids is None else self.ids
+        assert permuted is not None
+        return int(permuted.shape[1])
 
     def defines(self) -> tuple[tuple[str, int], ...]:
         """Return the constants of given.cuh or routing.cuh."""
@@ -301,17 +305,19 @@ def _routing_permute(
     tokens = -(-source.num_tokens // blocks)
     warps = _warps(PERMUTE_WARPS, source)
     own_words = experts.num_words + -(-tokens * source.columns // 2)
-    return make(
+    item = make(
         _permute_spec(source, blocks),
         (blocks, 1, 1),
         32 * warps,
-        cluster=blocks,
         smem_bytes=4 * (_permute_words(experts, warps) + own_words),
         chunk_tokens=tokens,
         experts=experts.fields(source.num_tokens),
         tables=_tables(permutation),
         **source.fields(),
     )
+    if blocks > 1:
+        item.config = replace(item.config, cluster=(blocks, 1, 1))
+    return item
 
 
 _PLACE_SPEC = KernelSpec("permute_place", (("NUM_WARPS", PLACE_WARPS),))

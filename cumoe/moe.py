@@ -12,7 +12,6 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
-from cumoe import kernels
 from cumoe.arrays import as_native, dtype_name, empty, same_place
 from cumoe.config import (
     MAX_TOP_K,
@@ -26,8 +25,8 @@ from cumoe.config import (
     check_int,
     max_tiles,
 )
-from cumoe.launch import get_device, get_kernel
 from cumoe.kernels_routing import Experts, max_chunks
+from cumoe.launch import get_device, get_kernel
 from cumoe.layer_call import LayerCall, LayerSpec, check_call, check_layer
 from cumoe.plan import DevicePlan, Workspace, expert_buffers
 from cumoe.reference import finalize as reference_finalize

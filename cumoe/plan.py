@@ -61,8 +61,8 @@ class DevicePlan:
     Attributes
     ----------
     stages : dict of str to list of Launch
-        In order: routing (with the permutation), quantize, gemm1, gemm2, finalize; absent ones have nothing
-        to do.
+        In order: routing (with the permutation), quantize, gemm1, gemm2, finalize; absent ones have
+        nothing to do.
     parts : ExpertParts
         Rows, weights and row indices before the sum; buffers of the workspace or the call's own
         arrays.

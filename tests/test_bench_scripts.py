@@ -208,7 +208,9 @@ class TestBenchRouting:
     def test_the_peer_does_the_same(self, model):
         """Keys without ties, so that no order is left open; the tables are then the twin's."""
         case = bench_routing.make_case(np, bench_routing.SHAPES[model], 40, "logits", 0)
-        ids, weights, permuted, token_idx, tables, offsets, counts = bench_routing.peer_of(np, case)()
+        ids, weights, permuted, token_idx, tables, offsets, counts = bench_routing.peer_of(
+            np, case
+        )()
         want = case.expected
         np.testing.assert_array_equal(ids, want["ids"])
         np.testing.assert_allclose(weights, want["weights"], rtol=1e-5)

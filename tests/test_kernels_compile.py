@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-import cumoe
 from cumoe import (
     Routing,
     RoutingMethod,
@@ -74,7 +73,7 @@ class Shipped(NamedTuple):
 
 
 def routing_specs(arch: str) -> Iterator[Shipped]:
-    """Yield each method at a small, a usual and the largest size, alone and with the permutation."""
+    """Yield each method at several sizes, alone and with the permutation."""
     for method, (experts, top_k, groups, dtype) in itertools.product(RoutingMethod, ROUTING_SIZES):
         grouped = method is RoutingMethod.DEEPSEEK_V3
         routing = Routing(

@@ -1,4 +1,4 @@
-"""How routing cuts tokens into blocks and chunks: bounds that the kernels and the workspace rely on."""
+"""How routing cuts tokens into blocks and chunks, on which kernels and workspace rely."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_chunks(columns: int) -> None:
     most = 0
     for num_tokens in TOKENS:
         tokens = routing.chunk_tokens(num_tokens, columns)
-        assert 1 <= tokens and tokens * columns < 1 << 16
+        assert tokens >= 1 and tokens * columns < 1 << 16
         most = max(most, -(-num_tokens // tokens))
         assert most <= routing.max_chunks(num_tokens, columns)
 
@@ -40,7 +40,7 @@ def test_chunks(columns: int) -> None:
 def test_every_sm_has_a_chunk() -> None:
     assert routing.chunk_tokens(1, 8) == routing.MIN_CHUNK_TOKENS
     assert routing.chunk_tokens(16384, 8) == 125
-    assert -(-16384 // 125) == routing.MAX_CHUNKS
+    assert routing.MAX_CHUNKS == -(-16384 // 125)
 
 
 @pytest.mark.parametrize(

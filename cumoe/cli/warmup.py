@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -25,7 +24,6 @@ from cumoe.launch.compile import cache_key
 from cumoe.layer_call import LayerSpec
 from cumoe.models import MODELS, ModelShape, Recipe
 from cumoe.plan import gemm_specs
-from cumoe.tuning import tiles
 from cumoe.weights import ExpertWeights
 
 DEFAULT_ARCH = "sm_90a"

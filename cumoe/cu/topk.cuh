@@ -47,7 +47,8 @@ struct Ranked {
 template <int COUNT, int N>
 __device__ __forceinline__ Ranked warp_top(const uint32_t (&image)[N], uint32_t (&sorted)[N],
                                            int lane) {
-  constexpr int kDepth = N < COUNT ? N : COUNT;  // further numbers of a lane cannot be among the ranks
+  constexpr int kDepth =
+      N < COUNT ? N : COUNT;  // further numbers of a lane cannot be among the ranks
   constexpr int kUnroll = COUNT * kDepth <= 512 ? COUNT : 1;
   uint32_t mine = 0;
   unsigned holders = 1;

@@ -18,6 +18,7 @@ from cumoe.reference import permutation as twin_permutation
 from cumoe.reference import routing
 from tests.host.checks import BF16, F32, Case, Host, same_bits
 
+
 def _logits(host: Host, num_tokens: int, num_experts: int, dtype: str) -> np.ndarray:
     """Return logits with ties, infinities, NaN and rows of one value."""
     x = host.rng.standard_normal((num_tokens, num_experts)).astype(np.float32) * 3
