@@ -24,7 +24,7 @@ struct Params {
 
 constexpr int kAhead = 16;  // counts that a thread has under way
 
-extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
+extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 2)
     permute_place(const __grid_constant__ Params p) {
   extern __shared__ uint32_t smem[];
   const int lane = threadIdx.x % kWarpSize;
@@ -32,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
   const PermuteShared shared(smem, p.experts, NUM_WARPS);
   shared.clear();
   ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   __syncthreads();
 
   const int chunk = blockIdx.x;

@@ -49,6 +49,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
   int16_t* expert_of_slot = reinterpret_cast<int16_t*>(counts + shared.words);
   shared.clear();
   ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   __syncthreads();
 
   const int run = ceil_div(p.chunk_tokens, NUM_WARPS);
