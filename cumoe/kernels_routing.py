@@ -23,12 +23,12 @@ TOPK_WARPS = 4
 CLUSTER = {"sm_90a": 16, "sm_100a": 8, "sm_120a": 8}
 """Architecture -> blocks of a cluster; 8 are portable, 16 Hopper allows as well."""
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = 8
 BLOCK_SLOTS = 512
 """The most tokens (from logits) and slots (of given ids) that one block routes and permutes."""
 
 CLUSTER_TOKENS = 32
-CLUSTER_SLOTS = 1024
+CLUSTER_SLOTS = 512
 """The same for each block of a cluster. Past it there are two launches."""
 
 PERMUTE_WARPS = {1024: 16, 2048: 8}

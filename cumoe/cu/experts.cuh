@@ -26,4 +26,9 @@ struct ExpertRange {
   }
 };
 
+/// Token of a slot; unsigned division is the shorter.
+__device__ __forceinline__ int token_of_slot(int slot, int columns) {
+  return static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(columns));
+}
+
 }  // namespace cumoe

@@ -1,22 +1,25 @@
-// One token's experts and weights as the caller gives them, by one warp.
+// Experts and weights as the caller gives them, for one warp's run of tokens.
 //
 // From -D   PACKED WEIGHTS_IN WEIGHTS_TYPE
 #pragma once
 
+#include "experts.cuh"
 #include "vec.cuh"
 
 namespace cumoe {
 
-/// Writes ids and weights of a token, shared experts appended, unless p.ids is null, and calls
-/// emit(column, id) in the lane of each column. PACKED: one word a slot, id << 16 | bf16 bits.
+/// Writes ids and weights of tokens begin .. end - 1, shared experts appended, unless p.ids is null, and
+/// calls emit(token, slot, id) for each slot. PACKED: one word a slot, id << 16 | bf16 bits.
 template <class P, class Emit>
-__device__ __forceinline__ void token_columns(const P& p, int64_t token, int lane, Emit&& emit) {
-  for (int column = lane; column < p.columns; column += kWarpSize) {
-    const int64_t slot = token * p.columns + column;
+__device__ __forceinline__ void run_slots(const P& p, int begin, int end, int lane, Emit&& emit) {
+#pragma unroll 1
+  for (int slot = begin * p.columns + lane; slot < end * p.columns; slot += kWarpSize) {
+    const int token = token_of_slot(slot, p.columns);
+    const int column = slot - token * p.columns;
     int32_t id = p.experts.num_experts + column - p.top_k;
     float weight = 1.0f;
     if (column < p.top_k) {
-      const int64_t source = token * p.top_k + column;
+      const int source = token * p.top_k + column;
       const int32_t word = p.ids_in[source];
       id = PACKED ? word >> 16 : word;
       // A given id must not reach the shared experts, which have columns of their own.
@@ -27,15 +30,14 @@ __device__ __forceinline__ void token_columns(const P& p, int64_t token, int lan
         weight = load_element<WEIGHTS_IN>(p.weights_in, source);
       }
     }
-    if (p.ids != nullptr) {
-      p.ids[slot] = id;
-      if constexpr (WEIGHTS_TYPE == kBf16) {
-        static_cast<uint16_t*>(p.weights)[slot] = ptx::cvt_bf16x2_f32(weight, weight) & 0xffffu;
-      } else {
-        static_cast<float*>(p.weights)[slot] = weight;
-      }
+    emit(token, slot, id);
+    if (p.ids == nullptr) continue;
+    p.ids[slot] = id;
+    if constexpr (WEIGHTS_TYPE == kBf16) {
+      static_cast<uint16_t*>(p.weights)[slot] = ptx::cvt_bf16x2_f32(weight, weight) & 0xffffu;
+    } else {
+      static_cast<float*>(p.weights)[slot] = weight;
     }
-    emit(column, id);
   }
 }
 

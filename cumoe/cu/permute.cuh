@@ -56,11 +56,6 @@ struct PermuteShared {
   }
 };
 
-/// Token of a slot; unsigned division is the shorter.
-__device__ __forceinline__ int token_of_slot(int slot, int columns) {
-  return static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(columns));
-}
-
 /// Counts slots of an expert.
 __device__ __forceinline__ void count_slots(uint32_t* counts, int expert, uint32_t slots) {
   atomicAdd(&counts[expert >> 1], slots << (16 * (expert & 1)));

@@ -287,4 +287,14 @@ __device__ __forceinline__ void token_columns(const P& p, int64_t token, int lan
   }
 }
 
+/// The same for tokens begin .. end - 1, with emit(token, slot, id).
+template <class P, class Emit>
+__device__ __forceinline__ void run_slots(const P& p, int begin, int end, int lane, Emit&& emit) {
+#pragma unroll 1
+  for (int token = begin; token < end; ++token) {
+    token_columns(p, token, lane,
+                  [&](int column, int id) { emit(token, token * kColumns + column, id); });
+  }
+}
+
 }  // namespace cumoe

@@ -3,7 +3,7 @@
 // The first of two launches; permute_place is the second.
 //
 // Grid      one block a chunk of chunk_tokens consecutive tokens.
-// Block     at most MAX_WARPS warps, a token each at a time.
+// Block     at most MAX_WARPS warps, each a run of the chunk's tokens.
 // smem      counts (words,) uint32, dynamic: pairs of counts (permute.cuh).
 // From -D   MAX_WARPS GIVEN, and those of given.cuh or routing.cuh
 #include "permute.cuh"
@@ -42,14 +42,15 @@ extern "C" __global__ void __launch_bounds__(MAX_WARPS* kWarpSize)
   // NOTE: permute_place waits for this grid's end before it reads anything.
   ptx::griddepcontrol_launch_dependents();
   __syncthreads();
-  const int begin = blockIdx.x * p.chunk_tokens;
-  const int end = min(begin + p.chunk_tokens, p.num_tokens);
-  for (int token = begin + threadIdx.x / kWarpSize; token < end; token += blockDim.x / kWarpSize) {
-    token_columns(p, token, lane, [&](int, int id) {
-      const int expert = p.experts.local(id, token);
-      if (expert >= 0) count_slots(counts, expert, 1);
-    });
-  }
+  const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int chunk_begin = blockIdx.x * p.chunk_tokens;
+  const int chunk_end = min(chunk_begin + p.chunk_tokens, p.num_tokens);
+  const int run = ceil_div(p.chunk_tokens, warps);
+  const int begin = min(chunk_begin + warp * run, chunk_end), end = min(begin + run, chunk_end);
+  run_slots(p, begin, end, lane, [&](int token, int, int id) {
+    const int expert = p.experts.local(id, token);
+    if (expert >= 0) count_slots(counts, expert, 1);
+  });
   __syncthreads();
   uint32_t* chunk = p.chunk_counts + static_cast<int64_t>(blockIdx.x) * words;
   for (int word = threadIdx.x; word < words; word += blockDim.x) chunk[word] = counts[word];

@@ -56,13 +56,12 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
   const int chunk_begin = min(chunk * p.chunk_tokens, p.num_tokens);
   const int chunk_end = min(chunk_begin + p.chunk_tokens, p.num_tokens);
   const int begin = min(chunk_begin + warp * run, chunk_end), end = min(begin + run, chunk_end);
-  for (int token = begin; token < end; ++token) {
-    token_columns(p, token, lane, [&](int column, int id) {
-      const int expert = p.experts.local(id, token);
-      expert_of_slot[(token - chunk_begin) * p.columns + column] = static_cast<int16_t>(expert);
-      if (expert >= 0) count_slots(shared.runs + warp * shared.words, expert, 1);
-    });
-  }
+  const int first_slot = chunk_begin * p.columns;
+  run_slots(p, begin, end, lane, [&](int token, int slot, int id) {
+    const int expert = p.experts.local(id, token);
+    expert_of_slot[slot - first_slot] = static_cast<int16_t>(expert);
+    if (expert >= 0) count_slots(shared.runs + warp * shared.words, expert, 1);
+  });
   __syncthreads();
   sum_runs<NUM_WARPS>(shared, counts);
 #if CLUSTER > 1
@@ -78,7 +77,6 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
   __syncthreads();
   scan_experts(shared, p.tables, chunk == 0);
   __syncthreads();
-  const int first_slot = chunk_begin * p.columns;
   place_run(shared, p.tables, begin * p.columns, end * p.columns, p.columns, warp, lane,
             [&](int slot) { return expert_of_slot[slot - first_slot]; });
   write_tiles(shared, p.tables, chunk, CLUSTER);

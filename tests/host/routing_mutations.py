@@ -118,8 +118,8 @@ ROUTING_MUTATIONS = {
         "chunk_begin + p.chunk_tokens", case="cluster",
     ),
     "count: last chunk": Mutation(
-        "routing_count.cu", "min(begin + p.chunk_tokens, p.num_tokens)",
-        "begin + p.chunk_tokens", case="tails",
+        "routing_count.cu", "min(chunk_begin + p.chunk_tokens, p.num_tokens)",
+        "chunk_begin + p.chunk_tokens", case="tails",
     ),
     "place: last chunk": Mutation(
         "permute_place.cu", "min(p.chunk_slots, p.num_slots - chunk_begin)", "p.chunk_slots",
@@ -190,8 +190,8 @@ ROUTING_MUTATIONS = {
         "given.cuh", "p.top_k < p.columns && id >= p.experts.num_experts", "false",
         "routing_permute", case="given, packed",
     ),
-    "given: columns": Mutation(
-        "given.cuh", "column += kWarpSize", "column += 4 * kWarpSize", "routing_permute",
+    "given: slots": Mutation(
+        "given.cuh", "slot += kWarpSize", "slot += 4 * kWarpSize", "routing_permute",
         case="given, more columns than lanes",
     ),
 }  # fmt: skip
