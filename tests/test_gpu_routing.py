@@ -12,6 +12,7 @@ from cumoe import ExpertShard, Routing, RoutingMethod, kernels, kernels_routing
 from cumoe.kernels_routing import Experts, Source
 from cumoe.launch import current_device
 from cumoe.permutation import plan_permutation
+from cumoe.reference import exact
 from cumoe.reference import permutation as twin_permutation
 from cumoe.reference import routing as reference
 from tests.helpers import BF16, Poisoned, precompile, to_backend, to_host, words
@@ -106,6 +107,19 @@ def test_same_bits_as_twin(rng, method, num_experts, dtype):
             x = to_backend(logits[:count], "cupy")
             got = cumoe.route(x, routing, bias=device_bias)
             assert_same(got, cumoe.TopK(want.ids[:count], want.weights[:count]))
+
+
+def test_sigmoid(rng):
+    """Over four million numbers, all those near 2^-23 among them, where a quotient is nearly a tie."""
+    near = (np.float32(2.0**-23).view(np.uint32) + np.arange(-(1 << 20), 1 << 20)).astype(np.uint32)
+    low, high = (int(np.float32(x).view(np.uint32)) for x in (2.0**-28, 2.0**7))
+    x = np.concatenate([near, rng.integers(low, high, 1 << 21).astype(np.uint32)]).view(np.float32)
+    x[1::2] *= -1
+    x = x.reshape(-1, 32)
+    ids, weights = to_host(cumoe.route(to_backend(x, "cupy"), Routing("sigmoid", 32, 32)))
+    got = np.empty_like(x)
+    np.put_along_axis(got, ids, weights, axis=1)
+    np.testing.assert_array_equal(words(got), words(exact.sigmoid(x)))
 
 
 @pytest.mark.parametrize("bias_dtype", [np.float32, BF16])
