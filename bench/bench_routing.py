@@ -31,7 +31,7 @@ from bench.shapes import MODELS, ModelShape
 from cumoe import ExpertShard
 from cumoe.arrays import FP8
 from cumoe.config import Array, Routing, RoutingMethod
-from cumoe.kernels_routing import Experts, Source, route_permute_specs
+from cumoe.kernels_routing import Experts, Source, cluster_size, route_permute_specs
 from cumoe.launch import get_device, warmup
 from cumoe.permutation import plan_permutation
 from cumoe.reference import permutation as twin_permutation
@@ -146,7 +146,8 @@ def _planned(
     device = get_device(xp.cuda.Device().id)
     warmup(route_permute_specs(source, arch), [arch])
     experts = Experts(routing.num_experts, 0, ExpertShard(0, routing.num_experts))
-    _, launches = plan_permutation(source, experts, tile, arch, allocate)
+    cluster = cluster_size(device)
+    _, launches = plan_permutation(source, experts, tile, cluster, allocate)
 
     def run() -> None:
         stream = xp.cuda.get_current_stream().ptr

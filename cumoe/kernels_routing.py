@@ -12,7 +12,7 @@ from typing import Any
 from cumoe.arrays import dtype_name
 from cumoe.config import Array, ExpertShard, Permutation, Routing, RoutingMethod
 from cumoe.kernels import TYPES, Launch, make
-from cumoe.launch import KernelSpec
+from cumoe.launch import Device, KernelSpec
 
 METHODS = {method: number for number, method in enumerate(RoutingMethod)}
 METHODS[RoutingMethod.RENORMALIZE_NAIVE] = METHODS[RoutingMethod.RENORMALIZE]
@@ -20,8 +20,11 @@ METHODS[RoutingMethod.RENORMALIZE_NAIVE] = METHODS[RoutingMethod.RENORMALIZE]
 TOPK_WARPS = 4
 """Warps of a block of routing_topk."""
 
-CLUSTER = {"sm_90a": 16, "sm_100a": 8, "sm_120a": 8}
-"""Architecture -> blocks of a cluster; 8 are portable, 16 Hopper allows as well."""
+CLUSTER = 8
+LARGE_CLUSTER = {"sm_90a": 16}
+LARGE_CLUSTER_SMS = 121
+"""Blocks of a cluster: on any GPU that has clusters, and, by architecture, on one with so many SMs.
+A cluster is within one of at most 8 GPCs, so with 121 SMs one of them has 16."""
 
 BLOCK_TOKENS = 8
 BLOCK_SLOTS = 512
@@ -230,19 +233,30 @@ def max_chunks(num_tokens: int, columns: int) -> int:
     return max(MAX_CHUNKS, -(-num_tokens // (MAX_CHUNK_SLOTS // columns)))
 
 
-def num_blocks(source: Source, arch: str) -> int:
-    """Return the blocks of the one launch, 0 if it takes two."""
+def cluster_size(device: Device) -> int:
+    """Return the blocks of a cluster on a device, 0 if it has no clusters."""
+    return cluster_size_of(device.arch, device.num_sms)
+
+
+def cluster_size_of(arch: str, num_sms: int) -> int:
+    """Return the blocks of a cluster for an architecture and a number of SMs."""
+    if arch.startswith("sm_8"):
+        return 0
+    return LARGE_CLUSTER.get(arch, CLUSTER) if num_sms >= LARGE_CLUSTER_SMS else CLUSTER
+
+
+def num_blocks(source: Source, cluster: int) -> int:
+    """Return the blocks of the one launch, 0 if it takes two; `cluster` is the device's."""
     work, one, each = source.num_tokens, BLOCK_TOKENS, CLUSTER_TOKENS
     if source.logits is None:
         work, one, each = work * source.columns, BLOCK_SLOTS, CLUSTER_SLOTS
     if work <= one:
         return 1
-    blocks = CLUSTER.get(arch, 0)
-    return blocks if work <= blocks * each else 0
+    return cluster if work <= cluster * each else 0
 
 
 def route_permute(
-    source: Source, experts: Experts, permutation: Permutation, arch: str, allocate: Any
+    source: Source, experts: Experts, permutation: Permutation, cluster: int, allocate: Any
 ) -> list[Launch]:
     """Launches that write ids, weights and a permutation: one, or two for many tokens.
 
@@ -252,12 +266,12 @@ def route_permute(
     experts : Experts
     permutation : Permutation
         Written.
-    arch : str
-        Architecture of the device, as ``"sm_90a"``.
+    cluster : int
+        :func:`cluster_size` of the device.
     allocate : callable
         Gives the buffer of a name, shape and dtype.
     """
-    blocks = num_blocks(source, arch)
+    blocks = num_blocks(source, cluster)
     if blocks:
         return [_routing_permute(source, experts, permutation, blocks)]
     num_tokens, columns = source.num_tokens, source.columns
@@ -294,8 +308,8 @@ def route_permute(
 
 def route_permute_specs(source: Source, arch: str) -> list[KernelSpec]:
     """Return the kernels of :func:`route_permute` for any number of tokens."""
-    blocks = [1, CLUSTER[arch]] if arch in CLUSTER else [1]
-    one = [_permute_spec(source, count) for count in blocks]
+    sizes = {1, cluster_size_of(arch, 1), cluster_size_of(arch, LARGE_CLUSTER_SMS)} - {0}
+    one = [_permute_spec(source, blocks) for blocks in sorted(sizes)]
     return [*one, _count_spec(source), _PLACE_SPEC]
 
 

@@ -22,7 +22,13 @@ from cumoe.config import (
     check_int,
     max_tiles,
 )
-from cumoe.kernels_routing import MAX_CHUNK_SLOTS, Experts, Source, route_permute
+from cumoe.kernels_routing import (
+    MAX_CHUNK_SLOTS,
+    Experts,
+    Source,
+    cluster_size,
+    route_permute,
+)
 from cumoe.launch import get_device
 from cumoe.reference import permutation as reference
 from cumoe.validate import check_shard
@@ -103,18 +109,19 @@ def group(
 
     experts = Experts(num_experts, num_shared, local)
     permutation, launches = plan_permutation(
-        Source(ids_in=ids), experts, tile, get_device(int(ids.device.id)).arch, allocate
+        Source(ids_in=ids), experts, tile, cluster_size(get_device(int(ids.device.id))), allocate
     )
     kernels.run(launches, ids)
     return permutation
 
 
 def plan_permutation(
-    source: Source, experts: Experts, tile: int, arch: str, allocate: Allocator
+    source: Source, experts: Experts, tile: int, cluster: int, allocate: Allocator
 ) -> tuple[Permutation, list[kernels.Launch]]:
     """Return a permutation's arrays on the device and the launches that fill them.
 
-    The launches write the ids and weights of `source`, too.
+    The launches write the ids and weights of `source`, too. `cluster` is the device's
+    :func:`~cumoe.kernels_routing.cluster_size`.
     """
     num_tokens, columns = source.num_tokens, source.columns
     tiles = max_tiles(num_tokens, columns, experts.num_local, tile)
@@ -129,4 +136,4 @@ def plan_permutation(
     }
     arrays = {name: allocate(name, shape, "int32") for name, shape in shapes.items()}
     permutation = Permutation(**arrays, tile=tile)
-    return permutation, route_permute(source, experts, permutation, arch, allocate)
+    return permutation, route_permute(source, experts, permutation, cluster, allocate)

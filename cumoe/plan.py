@@ -16,7 +16,7 @@ from cumoe import kernels
 from cumoe.arrays import DTYPES, FP8, address, dtype_name
 from cumoe.config import Activation, Array, ExpertParts
 from cumoe.grouped_gemm import gemm_spec, plan_gemm
-from cumoe.kernels_routing import Experts, Source
+from cumoe.kernels_routing import Experts, Source, cluster_size
 from cumoe.launch import KernelSpec, get_device, smem_limit
 from cumoe.layer_call import LayerCall, LayerSpec, gemm_configs
 from cumoe.permutation import plan_permutation
@@ -75,11 +75,11 @@ class DevicePlan:
         self.configs: dict[str, GroupedGemmConfig | Sm90Config] = {}
         self.stages: dict[str, list[kernels.Launch]] = {}
         source = self._source(call, workspace)
-        arch, columns = self._device.arch, source.columns
-        self.tile = spec.select_tile(call.num_tokens * columns, arch)
+        columns = source.columns
+        self.tile = spec.select_tile(call.num_tokens * columns, self._device.arch)
         experts = Experts(spec.num_experts, spec.num_shared, spec.shard)
         self.permutation, launches = plan_permutation(
-            source, experts, self.tile, arch, workspace.take
+            source, experts, self.tile, cluster_size(self._device), workspace.take
         )
         self.stages["routing"] = launches
         self._bind_source(source, launches)

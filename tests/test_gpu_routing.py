@@ -110,7 +110,7 @@ def test_same_bits_as_twin(rng, method, num_experts, dtype):
 
 
 def test_sigmoid(rng):
-    """Over four million numbers, all those near 2^-23 among them, where a quotient is nearly a tie."""
+    """Four million numbers, those near 2^-23 among them, where a quotient is nearly a tie."""
     near = (np.float32(2.0**-23).view(np.uint32) + np.arange(-(1 << 20), 1 << 20)).astype(np.uint32)
     low, high = (int(np.float32(x).view(np.uint32)) for x in (2.0**-28, 2.0**7))
     x = np.concatenate([near, rng.integers(low, high, 1 << 21).astype(np.uint32)]).view(np.float32)
@@ -180,8 +180,8 @@ def with_permutation(source: Source, experts: Experts, tile: int) -> dict[str, n
         arrays[name].array[...] = 77
         return arrays[name].array
 
-    arch = current_device().arch
-    permutation, launches = plan_permutation(source, experts, tile, arch, allocate)
+    cluster = kernels_routing.cluster_size(current_device())
+    permutation, launches = plan_permutation(source, experts, tile, cluster, allocate)
     written = permutation._asdict() | {"ids": source.ids, "weights": source.weights}
     results = []
     for _ in range(2):
@@ -266,8 +266,8 @@ def test_captured_and_replayed(rng):
             kept.append(cupy.empty(tuple(shape), dtype))
             return kept[-1]
 
-        arch = current_device().arch
-        permutation, launches = plan_permutation(source, experts, 16, arch, allocate)
+        cluster = kernels_routing.cluster_size(current_device())
+        permutation, launches = plan_permutation(source, experts, 16, cluster, allocate)
         with stream:
             kernels.run(launches, x)
             stream.begin_capture()

@@ -44,17 +44,24 @@ def test_every_sm_has_a_chunk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "cluster"), [("sm_80", 0), ("sm_89", 0), ("sm_90a", 16), ("sm_100a", 8)]
+    ("arch", "num_sms", "cluster"),
+    [("sm_80", 108, 0), ("sm_89", 142, 0), ("sm_90a", 132, 16), ("sm_90a", 78, 8)]
+    + [("sm_100a", 148, 8), ("sm_120a", 170, 8)],
 )
-def test_launches(arch: str, cluster: int) -> None:
+def test_launches(arch: str, num_sms: int, cluster: int) -> None:
     """One block, a cluster where there are any, then two launches."""
+    assert routing.cluster_size_of(arch, num_sms) == cluster
+    specs = routing.route_permute_specs(from_logits(1), arch)
+    compiled = {dict(s.defines)["CLUSTER"] for s in specs if s.name == "routing_permute"}
+    assert {1, cluster or 1} <= compiled
     one, each = routing.BLOCK_TOKENS, routing.CLUSTER_TOKENS
     slots, slots_each = routing.BLOCK_SLOTS // 8, routing.CLUSTER_SLOTS // 8
     for source, first, more in ((from_logits, one, each), (given, slots, slots_each)):
-        assert [routing.num_blocks(source(t), arch) for t in (0, 1, first)] == [1, 1, 1]
-        assert routing.num_blocks(source(first + 1), arch) == cluster
-        assert routing.num_blocks(source(cluster * more or first + 1), arch) == cluster
-        assert routing.num_blocks(source(16 * more + 1), arch) == 0
+        assert [routing.num_blocks(source(t), cluster) for t in (0, 1, first)] == [1, 1, 1]
+        assert routing.num_blocks(source(first + 1), cluster) == cluster
+        last = cluster * more or first
+        assert routing.num_blocks(source(last), cluster) == (cluster or 1)
+        assert routing.num_blocks(source(last + 1), cluster) == 0
 
 
 @pytest.mark.parametrize("num_local", [0, 1, 2, 33, 2048])

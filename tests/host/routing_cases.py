@@ -129,7 +129,7 @@ ROUTING_CASES = [
 # --------------------------------------------------------------------- with the permutation
 
 Cut = dict[str, Any]
-"""Constants of kernels_routing, as they are for a case."""
+"""Constants of kernels_routing, as they are for a case; `CLUSTER` is what the device has."""
 
 ANY = 1 << 20
 ONE_BLOCK: Cut = {"BLOCK_TOKENS": ANY, "BLOCK_SLOTS": ANY}
@@ -138,18 +138,13 @@ SHIPPED: Cut = {"BLOCK_TOKENS": kernels_routing.BLOCK_TOKENS}
 
 def cluster(blocks: int) -> Cut:
     """Return what makes any call one cluster."""
-    return {
-        "BLOCK_TOKENS": -1,
-        "BLOCK_SLOTS": -1,
-        "CLUSTER": {"sm_90a": blocks},
-        "CLUSTER_TOKENS": ANY,
-        "CLUSTER_SLOTS": ANY,
-    }
+    cut = {"BLOCK_TOKENS": -1, "BLOCK_SLOTS": -1, "CLUSTER": blocks}
+    return {**cut, "CLUSTER_TOKENS": ANY, "CLUSTER_SLOTS": ANY}
 
 
 def chunks(most: int, min_tokens: int = 1) -> Cut:
     """Return what makes any call two launches."""
-    cut = {"BLOCK_TOKENS": -1, "BLOCK_SLOTS": -1, "CLUSTER": {}}
+    cut = {"BLOCK_TOKENS": -1, "BLOCK_SLOTS": -1, "CLUSTER": 0}
     return {**cut, "MAX_CHUNKS": most, "MIN_CHUNK_TOKENS": min_tokens}
 
 
@@ -171,9 +166,10 @@ def _check(
 
     local = Experts(num_experts, num_shared, shard or ExpertShard(0, num_experts))
     with mock.patch.multiple(kernels_routing, **cut):
-        permutation, launches = plan_permutation(source, local, tile, "sm_90a", allocate)
+        size = cut.get("CLUSTER", kernels_routing.LARGE_CLUSTER["sm_90a"])
+        permutation, launches = plan_permutation(source, local, tile, size, allocate)
     names = [launch.spec.name for launch in launches]
-    two = cut.get("CLUSTER") == {}
+    two = cut.get("CLUSTER") == 0
     assert names == (["routing_count", "permute_place"] if two else ["routing_permute"])
     host.run(*launches)
     if source.ids is not None:
