@@ -318,7 +318,7 @@ def _routing_permute(
 ) -> Launch:
     tokens = -(-source.num_tokens // blocks)
     warps = _warps(PERMUTE_WARPS, source)
-    own_words = experts.num_words + -(-tokens * source.columns // 2)
+    own_words = experts.num_words + -(-5 * tokens * source.columns // 2)
     item = make(
         _permute_spec(source, blocks),
         (blocks, 1, 1),

@@ -8,8 +8,8 @@
 
 namespace cumoe {
 
-/// Writes ids and weights of tokens begin .. end - 1, shared experts appended, unless p.ids is null, and
-/// calls emit(token, slot, id) for each slot. PACKED: one word a slot, id << 16 | bf16 bits.
+/// Calls emit(token, column, id, weight) for each slot of tokens begin .. end - 1, shared experts
+/// appended. PACKED: one word a slot, id << 16 | bf16 bits.
 template <class P, class Emit>
 __device__ __forceinline__ void run_slots(const P& p, int begin, int end, int lane, Emit&& emit) {
 #pragma unroll 1
@@ -30,14 +30,21 @@ __device__ __forceinline__ void run_slots(const P& p, int begin, int end, int la
         weight = load_element<WEIGHTS_IN>(p.weights_in, source);
       }
     }
-    emit(token, slot, id);
-    if (p.ids == nullptr) continue;
-    p.ids[slot] = id;
-    if constexpr (WEIGHTS_TYPE == kBf16) {
-      static_cast<uint16_t*>(p.weights)[slot] = ptx::cvt_bf16x2_f32(weight, weight) & 0xffffu;
-    } else {
-      static_cast<float*>(p.weights)[slot] = weight;
-    }
+    emit(token, column, id, weight);
+  }
+}
+
+/// Writes a slot's id and weight, unless those given will do.
+template <class P>
+__device__ __forceinline__ void write_slot(const P& p, int64_t token, int column, int id,
+                                           float weight) {
+  if (p.ids == nullptr) return;
+  const int64_t slot = token * p.columns + column;
+  p.ids[slot] = id;
+  if constexpr (WEIGHTS_TYPE == kBf16) {
+    static_cast<uint16_t*>(p.weights)[slot] = ptx::cvt_bf16x2_f32(weight, weight) & 0xffffu;
+  } else {
+    static_cast<float*>(p.weights)[slot] = weight;
   }
 }
 

@@ -204,7 +204,7 @@ __device__ __forceinline__ void keep_best_groups(uint32_t (&image)[kPerLane], in
   }
 }
 
-/// Writes ids, weights and replay of a token and calls emit(column, id) in the lane of each column.
+/// Routes a token: calls emit(column, id, weight) in the lane of each column.
 template <class P, class Emit>
 __device__ __forceinline__ void token_columns(const P& p, int64_t token, int lane, Emit&& emit) {
   const int64_t row = token * NUM_EXPERTS;
@@ -271,29 +271,37 @@ __device__ __forceinline__ void token_columns(const P& p, int64_t token, int lan
 #pragma unroll
   for (int first = 0; first < kColumns; first += kWarpSize) {
     const int column = first + lane;
-    if (column >= kColumns) continue;
-    const bool routed = column < TOP_K;
-    const int64_t slot = token * kColumns + column;
-    const int id = routed ? selected.index : NUM_EXPERTS + column - TOP_K;
-    const float w = routed ? weight : 1.0f;
-    p.ids[slot] = id;
-    if constexpr (WEIGHTS_TYPE == kBf16) {
-      static_cast<uint16_t*>(p.weights)[slot] = ptx::cvt_bf16x2_f32(w, w) & 0xffffu;
-    } else {
-      static_cast<float*>(p.weights)[slot] = w;
+    if (column < TOP_K) {
+      emit(column, selected.index, weight);
+    } else if (column < kColumns) {
+      emit(column, NUM_EXPERTS + column - TOP_K, 1.0f);
     }
-    if (routed && p.replay != nullptr) p.replay[token * TOP_K + column] = static_cast<int16_t>(id);
-    emit(column, id);
   }
 }
 
-/// The same for tokens begin .. end - 1, with emit(token, slot, id).
+/// Writes a slot's id and weight, and its replay.
+template <class P>
+__device__ __forceinline__ void write_slot(const P& p, int64_t token, int column, int id,
+                                           float weight) {
+  const int64_t slot = token * kColumns + column;
+  p.ids[slot] = id;
+  if constexpr (WEIGHTS_TYPE == kBf16) {
+    static_cast<uint16_t*>(p.weights)[slot] = ptx::cvt_bf16x2_f32(weight, weight) & 0xffffu;
+  } else {
+    static_cast<float*>(p.weights)[slot] = weight;
+  }
+  if (column < TOP_K && p.replay != nullptr) {
+    p.replay[token * TOP_K + column] = static_cast<int16_t>(id);
+  }
+}
+
+/// Routes tokens begin .. end - 1: calls emit(token, column, id, weight) for each slot.
 template <class P, class Emit>
 __device__ __forceinline__ void run_slots(const P& p, int begin, int end, int lane, Emit&& emit) {
 #pragma unroll 1
   for (int token = begin; token < end; ++token) {
     token_columns(p, token, lane,
-                  [&](int column, int id) { emit(token, token * kColumns + column, id); });
+                  [&](int column, int id, float weight) { emit(token, column, id, weight); });
   }
 }
 

@@ -47,7 +47,8 @@ extern "C" __global__ void __launch_bounds__(MAX_WARPS* kWarpSize)
   const int chunk_end = min(chunk_begin + p.chunk_tokens, p.num_tokens);
   const int run = ceil_div(p.chunk_tokens, warps);
   const int begin = min(chunk_begin + warp * run, chunk_end), end = min(begin + run, chunk_end);
-  run_slots(p, begin, end, lane, [&](int token, int, int id) {
+  run_slots(p, begin, end, lane, [&](int token, int column, int id, float weight) {
+    write_slot(p, token, column, id, weight);
     const int expert = p.experts.local(id, token);
     if (expert >= 0) count_slots(counts, expert, 1);
   });

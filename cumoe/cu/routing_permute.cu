@@ -2,8 +2,8 @@
 //
 // Grid      CLUSTER blocks, one cluster: block b has tokens b * chunk_tokens and on, a chunk.
 // Block     NUM_WARPS warps, each a run of the chunk's tokens.
-// smem      PermuteShared, counts (words,) of the chunk, expert_of_slot (chunk_tokens * columns,) int16:
-//           local experts, -1 for none; dynamic.
+// smem      PermuteShared, counts (words,) of the chunk, and of its slots id_of_slot int32,
+//           weight_of_slot float, expert_of_slot int16 (local experts, -1 for none); dynamic.
 // Cluster   Blocks read each other's counts between two barriers of the cluster; the last also keeps a
 //           block from ending while its counts are read.
 // From -D   CLUSTER NUM_WARPS GIVEN, and those of given.cuh or routing.cuh
@@ -46,7 +46,10 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
   const int chunk = blockIdx.x;
   const PermuteShared shared(smem, p.experts, NUM_WARPS);
   uint32_t* counts = shared.end;
-  int16_t* expert_of_slot = reinterpret_cast<int16_t*>(counts + shared.words);
+  const int chunk_slots = p.chunk_tokens * p.columns;
+  int32_t* id_of_slot = reinterpret_cast<int32_t*>(counts + shared.words);
+  float* weight_of_slot = reinterpret_cast<float*>(id_of_slot + chunk_slots);
+  int16_t* expert_of_slot = reinterpret_cast<int16_t*>(weight_of_slot + chunk_slots);
   shared.clear();
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
@@ -56,10 +59,12 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
   const int chunk_begin = min(chunk * p.chunk_tokens, p.num_tokens);
   const int chunk_end = min(chunk_begin + p.chunk_tokens, p.num_tokens);
   const int begin = min(chunk_begin + warp * run, chunk_end), end = min(begin + run, chunk_end);
-  const int first_slot = chunk_begin * p.columns;
-  run_slots(p, begin, end, lane, [&](int token, int slot, int id) {
+  run_slots(p, begin, end, lane, [&](int token, int column, int id, float weight) {
+    const int slot = (token - chunk_begin) * p.columns + column;
     const int expert = p.experts.local(id, token);
-    expert_of_slot[slot - first_slot] = static_cast<int16_t>(expert);
+    id_of_slot[slot] = id;
+    weight_of_slot[slot] = weight;
+    expert_of_slot[slot] = static_cast<int16_t>(expert);
     if (expert >= 0) count_slots(shared.runs + warp * shared.words, expert, 1);
   });
   __syncthreads();
@@ -77,8 +82,15 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
   __syncthreads();
   scan_experts(shared, p.tables, chunk == 0);
   __syncthreads();
+  const int first_slot = chunk_begin * p.columns;
   place_run(shared, p.tables, begin * p.columns, end * p.columns, p.columns, warp, lane,
             [&](int slot) { return expert_of_slot[slot - first_slot]; });
+  // NOTE: not before the barrier of the cluster, which would wait until these are in memory.
+  for (int slot = threadIdx.x; slot < (chunk_end - chunk_begin) * p.columns; slot += blockDim.x) {
+    const int token = token_of_slot(slot, p.columns);
+    write_slot(p, chunk_begin + token, slot - token * p.columns, id_of_slot[slot],
+               weight_of_slot[slot]);
+  }
   write_tiles(shared, p.tables, chunk, CLUSTER);
 #if CLUSTER > 1
   ptx::cluster_wait();

@@ -117,6 +117,14 @@ ROUTING_MUTATIONS = {
         "routing_permute.cu", "min(chunk_begin + p.chunk_tokens, p.num_tokens)",
         "chunk_begin + p.chunk_tokens", case="cluster",
     ),
+    "permute: written slots": Mutation(
+        "routing_permute.cu", "slot < (chunk_end - chunk_begin) * p.columns", "slot < 32",
+        case="block",
+    ),
+    "permute: token of a written slot": Mutation(
+        "routing_permute.cu", "write_slot(p, chunk_begin + token", "write_slot(p, token",
+        case="cluster",
+    ),
     "count: last chunk": Mutation(
         "routing_count.cu", "min(chunk_begin + p.chunk_tokens, p.num_tokens)",
         "chunk_begin + p.chunk_tokens", case="tails",
