@@ -54,7 +54,7 @@ MAX_REGISTERS = {
     "permute_place": 64,
     "quantize_fp8_block": 40,
     "quantize_fp8_weights": 120,
-    "routing_count": 184,
+    "routing_count": 256,
     "routing_permute": 256,
     "routing_topk": 168,
     "sm80_grouped_gemm": 255,

@@ -32,7 +32,7 @@ struct Params {
   ExpertRange experts;
 };
 
-extern "C" __global__ void __launch_bounds__(MAX_WARPS* kWarpSize)
+extern "C" __global__ void __launch_bounds__(MAX_WARPS* kWarpSize, 1)
     routing_count(const __grid_constant__ Params p) {
   extern __shared__ uint32_t counts[];  // (words,)
   const int lane = threadIdx.x % kWarpSize;
@@ -48,9 +48,9 @@ extern "C" __global__ void __launch_bounds__(MAX_WARPS* kWarpSize)
   const int run = ceil_div(p.chunk_tokens, warps);
   const int begin = min(chunk_begin + warp * run, chunk_end), end = min(begin + run, chunk_end);
   run_slots(p, begin, end, lane, [&](int token, int column, int id, float weight) {
-    write_slot(p, token, column, id, weight);
     const int expert = p.experts.local(id, token);
     if (expert >= 0) count_slots(counts, expert, 1);
+    write_slot(p, token, column, id, weight);
   });
   __syncthreads();
   uint32_t* chunk = p.chunk_counts + static_cast<int64_t>(blockIdx.x) * words;
