@@ -5,12 +5,13 @@
     python -m bench.bench_layer --dry-run          # a tiny layer on NumPy
 
 Rows: ``layer`` (variant ``graph``: replay of a captured call; ``eager``: the call itself, with its
-``host_us`` of Python), ``routing``, ``permutation``, ``quantize``, ``gemm1`` (with the activation),
-``gemm2``, ``finalize``. Timed cold, after a flush of the L2; what is below 100 us as replays of a
-graph of several calls, which rotate over enough calls' inputs to keep weights cold, while the small
-tables between stages stay in L2 as they do in the layer. Rates: useful FLOPs of the two GEMMs;
-bytes of the active experts' weights, or, for the stages without weights, bytes read and written.
-Shared experts are left out unless asked for, as in the peers' published figures.
+``host_us`` of Python), ``routing`` (with the permutation; on NumPy that is ``permutation``),
+``quantize``, ``gemm1`` (with the activation), ``gemm2``, ``finalize``. Timed cold, after a flush of
+the L2; what is below 100 us as replays of a graph of several calls, which rotate over enough calls'
+inputs to keep weights cold, while the small tables between stages stay in L2 as they do in the
+layer. Rates: useful FLOPs of the two GEMMs; bytes of the active experts' weights, or, for the
+stages without weights, bytes read and written. Shared experts are left out unless asked for, as in
+the peers' published figures.
 """
 
 from __future__ import annotations

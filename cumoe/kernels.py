@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cumoe.arrays import address, dtype_name, place_of
-from cumoe.config import Activation, Array, Permutation, Routing, RoutingMethod
+from cumoe.config import Activation, Array, Permutation
 from cumoe.formulas import PARAMETERS
 from cumoe.launch import (
     Device,
@@ -29,13 +29,7 @@ from cumoe.tuning import GroupedGemmConfig, GroupedGemmProblem, smem_bytes
 TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3, "uint8": 3}
 """The DataType enum of types.cuh, by dtype name; a device holds fp8 as uint8."""
 
-METHODS = {method: number for number, method in enumerate(RoutingMethod)}
-METHODS[RoutingMethod.RENORMALIZE_NAIVE] = METHODS[RoutingMethod.RENORMALIZE]
-
 SCALE_BLOCK = 128
-CHUNK_SLOTS = 512  # kChunkSlots of experts.cuh
-ROUTING_WARPS = 4
-PLACE_WARPS = 4
 
 
 @dataclass
@@ -127,145 +121,6 @@ def with_activation(spec: KernelSpec, activation: Activation) -> KernelSpec:
     else:
         define = ("ACTIVATION", definition.cuda)
     return replace(spec, defines=(*spec.defines, define))
-
-
-def routing_spec(routing: Routing, logits_dtype: str, bias_dtype: str | None) -> KernelSpec:
-    """Return the routing kernel for a method, its sizes and the dtypes of logits and bias."""
-    grouped = routing.num_groups > 1 and routing.method is RoutingMethod.DEEPSEEK_V3
-    biased = routing.method in (RoutingMethod.DEEPSEEK_V3, RoutingMethod.MINIMAX2)
-    has_bias = biased and bias_dtype is not None
-    return KernelSpec(
-        "routing_topk",
-        (
-            ("METHOD", METHODS[RoutingMethod(routing.method)]),
-            ("NUM_EXPERTS", routing.num_experts),
-            ("TOP_K", routing.top_k),
-            ("NUM_GROUPS", routing.num_groups if grouped else 1),
-            ("TOP_GROUPS", routing.top_groups if grouped else 1),
-            ("NUM_SHARED_EXPERTS", routing.num_shared_experts),
-            ("LOGITS_TYPE", TYPES[logits_dtype]),
-            ("BIAS_TYPE", TYPES[str(bias_dtype)] if has_bias else -1),
-            ("BIAS_ROUND_BF16", int(has_bias and routing.bias_round_bf16)),
-            ("WEIGHTS_TYPE", TYPES[routing.weights_dtype]),
-            ("NORMALIZE", int(routing.normalize is not False)),
-            ("WARPS_PER_BLOCK", ROUTING_WARPS),
-        ),
-    )
-
-
-def routing_topk(
-    logits: Array,
-    bias: Array | None,
-    ids: Array,
-    weights: Array,
-    replay: Array | None,
-    routing: Routing,
-) -> Launch:
-    """Launch for expert ids and weights from logits."""
-    num_tokens = logits.shape[0]
-    spec = routing_spec(routing, dtype_name(logits), None if bias is None else dtype_name(bias))
-    return make(
-        spec,
-        (-(-num_tokens // ROUTING_WARPS), 1, 1),
-        ROUTING_WARPS * 32,
-        logits=logits,
-        bias=bias,
-        ids=ids,
-        weights=weights,
-        replay=replay,
-        num_tokens=num_tokens,
-        scaling_factor=routing.scaling_factor,
-    )
-
-
-def topk_expand(
-    ids_in: Array, weights_in: Array | None, ids: Array, weights: Array, num_experts: int
-) -> Launch:
-    """Launch that unpacks given routing and appends the shared experts' columns."""
-    num_tokens, top_k = ids_in.shape
-    spec = KernelSpec(
-        "topk_expand",
-        (
-            ("PACKED", int(weights_in is None)),
-            ("WEIGHTS_IN", 0 if weights_in is None else TYPES[dtype_name(weights_in)]),
-            ("WEIGHTS_OUT", TYPES[dtype_name(weights)]),
-        ),
-    )
-    return make(
-        spec,
-        (-(-ids.size // 256), 1, 1),
-        256,
-        ids_in=ids_in,
-        weights_in=weights_in,
-        ids=ids,
-        weights=weights,
-        num_tokens=num_tokens,
-        top_k=top_k,
-        num_shared=ids.shape[1] - top_k,
-        num_experts=num_experts,
-    )
-
-
-def num_chunks(num_slots: int) -> int:
-    """Return how many chunks the permutation kernels cut the slots into, at least 1."""
-    return max(1, -(-num_slots // CHUNK_SLOTS))
-
-
-def permute(
-    ids: Array, permutation: Permutation, chunk_counts: Array, experts: dict[str, int]
-) -> list[Launch]:
-    """Launches that fill a permutation; `experts` are the fields of ExpertRange."""
-    num_slots, columns = ids.size, ids.shape[1]
-    chunks = num_chunks(num_slots)
-    num_local = permutation.tokens_per_expert.shape[0]
-    tables = permutation._asdict()
-    count = make(
-        KernelSpec("permute_count"),
-        (chunks, 1, 1),
-        128,
-        smem_bytes=4 * num_local,
-        ids=ids,
-        chunk_counts=chunk_counts,
-        num_slots=num_slots,
-        columns=columns,
-        experts=experts,
-    )
-    scan_tables = ("tokens_per_expert", "expert_offsets", "num_tiles")
-    scan = make(
-        KernelSpec("permute_scan"),
-        (1, 1, 1),
-        1024,
-        smem_bytes=4 * num_local,
-        chunk_counts=chunk_counts,
-        num_chunks=chunks,
-        num_local=num_local,
-        tile=permutation.tile,
-        **{name: tables[name] for name in scan_tables},
-    )
-    place_tables = (
-        "tokens_per_expert",
-        "expert_offsets",
-        "permuted_idx",
-        "token_idx",
-        "tile_expert",
-        "tile_row_end",
-    )
-    place = make(
-        KernelSpec("permute_place", (("WARPS_PER_BLOCK", PLACE_WARPS),)),
-        (-(-chunks // PLACE_WARPS), 1, 1),
-        PLACE_WARPS * 32,
-        smem_bytes=4 * num_local * PLACE_WARPS,
-        ids=ids,
-        chunk_counts=chunk_counts,
-        num_slots=num_slots,
-        columns=columns,
-        num_chunks=chunks,
-        max_tiles=permutation.max_tiles,
-        tile=permutation.tile,
-        experts=experts,
-        **{name: tables[name] for name in place_tables},
-    )
-    return [count, scan, place]
 
 
 def quantize_fp8_block(x: Array, values: Array, scale: Array) -> Launch:

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
-from cumoe import kernels
 from cumoe.arrays import as_native, dtype_name, empty, same_place
 from cumoe.config import (
     MAX_TOP_K,
@@ -26,6 +25,7 @@ from cumoe.config import (
     check_int,
     max_tiles,
 )
+from cumoe.kernels_routing import Experts, max_chunks
 from cumoe.launch import get_device, get_kernel
 from cumoe.layer_call import LayerCall, LayerSpec, check_call, check_layer
 from cumoe.plan import DevicePlan, Workspace, expert_buffers
@@ -330,8 +330,9 @@ class MoELayer:
         workspace.take("tokens_per_expert", (num_local,), "int32")
         workspace.take("expert_offsets", (num_local + 1,), "int32")
         workspace.take("num_tiles", (1,), "int32")
-        chunks = kernels.num_chunks(tokens * columns)
-        workspace.take("chunk_counts", (chunks, num_local), "int32")
+        chunks = max_chunks(tokens, columns)
+        words = Experts(spec.num_experts, spec.num_shared, spec.shard).num_words
+        workspace.take("chunk_counts", (chunks, words), "int32")
         for name, kind in expert_buffers(spec, tokens, most_rows).items():
             workspace.take(name, *kind)
         workspace.frozen = True

@@ -33,6 +33,11 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
 
+_TABLES = _struct(
+    *_fields(_POINTER, "tokens_per_expert expert_offsets permuted_idx token_idx"),
+    *_fields(_POINTER, "tile_expert tile_row_end num_tiles"),
+    *_fields(_I32, "max_tiles tile"),
+)
 _SM90_GROUPED_GEMM = _struct(
     ("a_map", TENSOR_MAP),
     ("w_map", TENSOR_MAP),
@@ -51,24 +56,24 @@ PARAMS: dict[str, np.dtype] = {
         ("num_tokens", _I32),
         ("scaling_factor", _F32),
     ),
-    "topk_expand": _struct(
-        *_fields(_POINTER, "ids_in weights_in ids weights"),
-        *_fields(_I32, "num_tokens top_k num_shared num_experts"),
-    ),
-    "permute_count": _struct(
-        *_fields(_POINTER, "ids chunk_counts"),
-        *_fields(_I32, "num_slots columns"),
+    "routing_count": _struct(
+        *_fields(_POINTER, "logits bias ids_in weights_in ids weights replay chunk_counts"),
+        *_fields(_I32, "num_tokens top_k columns chunk_tokens"),
+        ("scaling_factor", _F32),
         ("experts", _EXPERTS),
     ),
-    "permute_scan": _struct(
-        *_fields(_POINTER, "chunk_counts tokens_per_expert expert_offsets num_tiles"),
-        *_fields(_I32, "num_chunks num_local tile"),
+    "routing_permute": _struct(
+        *_fields(_POINTER, "logits bias ids_in weights_in ids weights replay"),
+        *_fields(_I32, "num_tokens top_k columns chunk_tokens"),
+        ("scaling_factor", _F32),
+        ("experts", _EXPERTS),
+        ("tables", _TABLES),
     ),
     "permute_place": _struct(
-        *_fields(_POINTER, "ids chunk_counts tokens_per_expert expert_offsets permuted_idx"),
-        *_fields(_POINTER, "token_idx tile_expert tile_row_end"),
-        *_fields(_I32, "num_slots columns num_chunks max_tiles tile"),
+        *_fields(_POINTER, "ids chunk_counts"),
+        *_fields(_I32, "num_slots columns chunk_slots num_chunks"),
         ("experts", _EXPERTS),
+        ("tables", _TABLES),
     ),
     "quantize_fp8_block": _struct(
         *_fields(_POINTER, "x values scale"),

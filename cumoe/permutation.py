@@ -22,6 +22,14 @@ from cumoe.config import (
     check_int,
     max_tiles,
 )
+from cumoe.kernels_routing import (
+    MAX_CHUNK_SLOTS,
+    Experts,
+    Source,
+    cluster_size,
+    route_permute,
+)
+from cumoe.launch import get_device
 from cumoe.reference import permutation as reference
 from cumoe.validate import check_shard
 
@@ -77,8 +85,10 @@ def group(
     num_experts = check_int("num_experts", num_experts, 1, MAX_NUM_EXPERTS)
     num_shared = check_int("num_shared_experts", num_shared_experts, 0, MAX_SHARED_EXPERTS)
     tile = check_int("tile", tile, 1, 1 << 16)
-    if ids.shape[1] == 0:
-        raise ValueError(f"topk.ids: expected at least one column, got shape {ids.shape}")
+    if not 1 <= ids.shape[1] <= MAX_CHUNK_SLOTS:
+        raise ValueError(
+            f"topk.ids: expected 1 to {MAX_CHUNK_SLOTS} columns, got shape {ids.shape}"
+        )
     if ids.size + num_experts * tile >= 1 << 31:
         raise ValueError(f"topk.ids: expected fewer than 2**31 rows, got {ids.size} slots")
     local = check_shard(shard, num_experts)
@@ -97,26 +107,27 @@ def group(
     def allocate(name: str, shape: Sequence[int], dtype: str) -> Array:
         return arrays.setdefault(name, empty(ids, shape, dtype))
 
-    permutation, launches = plan_group(ids, num_experts, num_shared, local, tile, allocate)
+    experts = Experts(num_experts, num_shared, local)
+    permutation, launches = plan_permutation(
+        Source(ids_in=ids), experts, tile, cluster_size(get_device(int(ids.device.id))), allocate
+    )
     kernels.run(launches, ids)
     return permutation
 
 
-def plan_group(
-    ids: Array,
-    num_experts: int,
-    num_shared: int,
-    shard: ExpertShard,
-    tile: int,
-    allocate: Allocator,
+def plan_permutation(
+    source: Source, experts: Experts, tile: int, cluster: int, allocate: Allocator
 ) -> tuple[Permutation, list[kernels.Launch]]:
-    """Return the permutation's arrays on the device and the launches that fill them."""
-    num_tokens, columns = ids.shape
-    num_local = shard.num_local_experts + num_shared
-    tiles = max_tiles(num_tokens, columns, num_local, tile)
+    """Return a permutation's arrays on the device and the launches that fill them.
+
+    The launches write the ids and weights of `source`, too. `cluster` is the device's
+    :func:`~cumoe.kernels_routing.cluster_size`.
+    """
+    num_tokens, columns = source.num_tokens, source.columns
+    tiles = max_tiles(num_tokens, columns, experts.num_local, tile)
     shapes: dict[str, tuple[int, ...]] = {
-        "tokens_per_expert": (num_local,),
-        "expert_offsets": (num_local + 1,),
+        "tokens_per_expert": (experts.num_local,),
+        "expert_offsets": (experts.num_local + 1,),
         "permuted_idx": (num_tokens, columns),
         "token_idx": (tiles * tile,),
         "tile_expert": (tiles,),
@@ -125,15 +136,4 @@ def plan_group(
     }
     arrays = {name: allocate(name, shape, "int32") for name, shape in shapes.items()}
     permutation = Permutation(**arrays, tile=tile)
-    chunks = kernels.num_chunks(ids.size)
-    chunk_counts = allocate("chunk_counts", (chunks, num_local), "int32")
-    start, stop = shard.shared_token_range(num_tokens)
-    experts = {
-        "num_experts": num_experts,
-        "num_shared": num_shared,
-        "expert_offset": shard.expert_offset,
-        "num_local_routed": shard.num_local_experts,
-        "shared_token_start": start,
-        "shared_token_stop": stop,
-    }
-    return permutation, kernels.permute(ids, permutation, chunk_counts, experts)
+    return permutation, route_permute(source, experts, permutation, cluster, allocate)

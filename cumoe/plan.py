@@ -16,9 +16,10 @@ from cumoe import kernels
 from cumoe.arrays import DTYPES, FP8, address, dtype_name
 from cumoe.config import Activation, Array, ExpertParts
 from cumoe.grouped_gemm import gemm_spec, plan_gemm
+from cumoe.kernels_routing import Experts, Source, cluster_size
 from cumoe.launch import KernelSpec, get_device, smem_limit
 from cumoe.layer_call import LayerCall, LayerSpec, gemm_configs
-from cumoe.permutation import plan_group
+from cumoe.permutation import plan_permutation
 from cumoe.tuning import (
     GroupedGemmConfig,
     Sm90Config,
@@ -60,8 +61,8 @@ class DevicePlan:
     Attributes
     ----------
     stages : dict of str to list of Launch
-        In order: routing, permutation, quantize, gemm1, gemm2, finalize; absent ones have nothing
-        to do.
+        In order: routing (with the permutation), quantize, gemm1, gemm2, finalize; absent ones have
+        nothing to do.
     parts : ExpertParts
         Rows, weights and row indices before the sum; buffers of the workspace or the call's own
         arrays.
@@ -73,23 +74,24 @@ class DevicePlan:
         self._bound: list[tuple[str, kernels.Launch, str]] = []
         self.configs: dict[str, GroupedGemmConfig | Sm90Config] = {}
         self.stages: dict[str, list[kernels.Launch]] = {}
-        ids, topk_weights = self._plan_routing(call, workspace)
-        columns = ids.shape[1]
-        self.tile = spec.select_tile(ids.size, self._device.arch)
-        self.permutation, permute = plan_group(
-            ids, spec.num_experts, spec.num_shared, spec.shard, self.tile, workspace.take
+        source = self._source(call, workspace)
+        columns = source.columns
+        self.tile = spec.select_tile(call.num_tokens * columns, self._device.arch)
+        experts = Experts(spec.num_experts, spec.num_shared, spec.shard)
+        self.permutation, launches = plan_permutation(
+            source, experts, self.tile, cluster_size(self._device), workspace.take
         )
-        self.stages["permutation"] = permute
-        if ids is call.ids:
-            self._bind("ids", permute[0], "ids")
-            self._bind("ids", permute[2], "ids")
+        self.stages["routing"] = launches
+        self._bind_source(source, launches)
+        self._own_weights = source.weights is None
+        topk_weights = call.topk_weights if self._own_weights else source.weights
         rows = self._plan_experts(call, workspace)
         self.parts = ExpertParts(rows, topk_weights, self.permutation.permuted_idx)
         assert columns == self.permutation.permuted_idx.shape[1]
         if call.out is not None:
             item = kernels.finalize(*self.parts, call.out)
             self._bind("out", item, "out")
-            if topk_weights is call.topk_weights:
+            if self._own_weights:
                 self._bind("topk_weights", item, "weights")
             self.stages["finalize"] = [item]
 
@@ -97,33 +99,47 @@ class DevicePlan:
         """Let `field` follow the call's array `name`."""
         self._bound.append((name, item, field))
 
-    def _plan_routing(self, call: LayerCall, workspace: Workspace) -> tuple[Array, Array]:
+    def _source(self, call: LayerCall, workspace: Workspace) -> Source:
+        """Return where the call's ids and weights come from, and the buffers they need."""
         spec = self._spec
+
+        def take(top_k: int, dtype: str) -> tuple[Array, Array]:
+            shape = (call.num_tokens, top_k + spec.num_shared)
+            ids = workspace.take("ids", shape, "int32")
+            return ids, workspace.take("topk_weights", shape, dtype)
+
         if call.logits is not None:
             assert spec.routing is not None
-            shape = (call.num_tokens, spec.routing.total_top_k)
-            ids = workspace.take("ids", shape, "int32")
-            weights = workspace.take("topk_weights", shape, spec.routing.weights_dtype)
-            item = kernels.routing_topk(
-                call.logits, call.bias, ids, weights, call.replay, spec.routing
+            return Source(
+                *take(spec.routing.top_k, spec.routing.weights_dtype),
+                logits=call.logits,
+                bias=call.bias,
+                replay=call.replay,
+                routing=spec.routing,
             )
-            for name in ("logits", "bias", "replay"):
-                self._bind(name, item, name)
-            self.stages["routing"] = [item]
-            return ids, weights
         assert call.ids is not None
         packed = call.topk_weights is None
         if not packed and not spec.num_shared:
-            return call.ids, call.topk_weights
-        shape = (call.num_tokens, call.ids.shape[1] + spec.num_shared)
+            return Source(ids_in=call.ids)
         dtype = "bfloat16" if packed else dtype_name(call.topk_weights)
-        ids = workspace.take("ids", shape, "int32")
-        weights = workspace.take("topk_weights", shape, dtype)
-        item = kernels.topk_expand(call.ids, call.topk_weights, ids, weights, spec.num_experts)
-        self._bind("ids", item, "ids_in")
-        self._bind("topk_weights", item, "weights_in")
-        self.stages["routing"] = [item]
-        return ids, weights
+        return Source(
+            *take(int(call.ids.shape[1]), dtype),
+            ids_in=call.ids,
+            weights_in=call.topk_weights,
+            packed=packed,
+        )
+
+    def _bind_source(self, source: Source, launches: Sequence[kernels.Launch]) -> None:
+        if source.logits is not None:
+            for name in ("logits", "bias", "replay"):
+                self._bind(name, launches[0], name)
+            return
+        self._bind("ids", launches[0], "ids_in")
+        if source.weights_in is not None:
+            self._bind("topk_weights", launches[0], "weights_in")
+        if source.ids is None:
+            for item in launches[1:]:
+                self._bind("ids", item, "ids")
 
     def _plan_experts(self, call: LayerCall, workspace: Workspace) -> Array:
         spec, p = self._spec, self.permutation
@@ -174,7 +190,7 @@ class DevicePlan:
 
     def parts_of(self, call: LayerCall) -> ExpertParts:
         """Return the parts, with the call's own weights where no stage made new ones."""
-        own = call.logits is None and "routing" not in self.stages
+        own = self._own_weights
         return self.parts._replace(topk_weights=call.topk_weights) if own else self.parts
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cumoe import kernels
+from cumoe import kernels, kernels_routing
 from cumoe.arrays import as_native, check_no_overlap, empty, is_device, same_place
 from cumoe.config import Array, PackedTopK, Routing, TopK
 from cumoe.reference import routing as reference
@@ -85,7 +85,8 @@ def route(
         native = TopK(empty(logits, shape, "int32"), empty(logits, shape, routing.weights_dtype))
     if is_device(logits):
         if logits.shape[0]:
-            kernels.run([kernels.routing_topk(logits, bias, *native, replay_out, routing)], logits)
+            item = kernels_routing.routing_topk(logits, bias, *native, replay_out, routing)
+            kernels.run([item], logits)
         return native if out is None else out
     result = reference.route(logits, routing, bias=bias)
     if replay_out is not None:

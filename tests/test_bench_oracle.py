@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cumoe
-from bench import bench_activation, bench_error, bench_layer, bench_startup
+from bench import bench_activation, bench_error, bench_layer, bench_routing, bench_startup
 from bench.bench_error import Matrices, Worst, block_errors, run_oracle, slots_by_expert
 from bench.inputs import (
     TINY,
@@ -94,7 +94,7 @@ class TestInputs:
     def test_without_a_gpu(self, monkeypatch):
         monkeypatch.setattr("bench.inputs.device_available", lambda: False)
         assert find_backend("numpy") is np
-        for bench in (bench_activation, bench_layer, bench_error, bench_startup):
+        for bench in (bench_activation, bench_layer, bench_error, bench_routing, bench_startup):
             with pytest.raises(SystemExit, match="--dry-run"):
                 bench.main([])
 

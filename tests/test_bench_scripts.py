@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import bench_activation, bench_error, bench_layer, bench_startup
+from bench import bench_activation, bench_error, bench_layer, bench_routing, bench_startup
 from bench.harness import Timing
 from bench.inputs import TINY, find_model, make_layer, make_weights
 from cumoe import Activation
@@ -189,6 +189,52 @@ class TestBenchActivation:
         assert "FAILED bf16 T=2: wrong answer: a scale is off" in capsys.readouterr().out
 
 
+class TestBenchRouting:
+    def test_dry_run(self, tmp_path):
+        path = tmp_path / "stages.json"
+        args = ["--dry-run", "--tokens", "3", "70", "--out", str(path)]
+        assert bench_routing.main(args) == 0
+        rows = json.loads(path.read_text())["rows"]
+        key = [(r["op"], r["model"], r["variant"], r["num_tokens"]) for r in rows]
+        assert key == [
+            ("routing", model, variant, num_tokens)
+            for model in bench_routing.SHAPES
+            for variant in bench_routing.VARIANTS
+            for num_tokens in (3, 70)
+        ]
+        assert all(row["peer"] == "numpy" and row["peer_us"] > 0 for row in rows)
+
+    @pytest.mark.parametrize("model", bench_routing.SHAPES)
+    def test_the_peer_does_the_same(self, model):
+        """Keys without ties, so that no order is left open; the tables are then the twin's."""
+        case = bench_routing.make_case(np, bench_routing.SHAPES[model], 40, "logits", 0)
+        ids, weights, permuted, token_idx, tables, offsets, counts = bench_routing.peer_of(
+            np, case
+        )()
+        want = case.expected
+        np.testing.assert_array_equal(ids, want["ids"])
+        np.testing.assert_allclose(weights, want["weights"], rtol=1e-5)
+        np.testing.assert_array_equal(permuted, want["permuted_idx"].ravel())
+        np.testing.assert_array_equal(token_idx, want["token_idx"])
+        np.testing.assert_array_equal(tables, [want["tile_expert"], want["tile_row_end"]])
+        np.testing.assert_array_equal(offsets, want["expert_offsets"][:-1])
+        np.testing.assert_array_equal(counts, want["tokens_per_expert"])
+
+    def test_a_wrong_answer_is_not_timed(self, monkeypatch, capsys):
+        group = bench_routing.cumoe.group
+
+        def broken(topk, **options):
+            permutation = group(topk, **options)
+            permutation.token_idx[-1] = 5
+            return permutation
+
+        monkeypatch.setattr(bench_routing.cumoe, "group", broken)
+        args = ["--dry-run", "--tokens", "2", "--models", "qwen3_30b_a3b", "--variants", "given"]
+        assert bench_routing.main(args) == 1
+        found = capsys.readouterr().out
+        assert "FAILED qwen3_30b_a3b given T=2: wrong answer: token_idx differs" in found
+
+
 class TestBenchStartup:
     def test_dry_run(self, tmp_path, monkeypatch):
         monkeypatch.setattr(bench_startup, "RESULTS", tmp_path / "none.json")
@@ -264,6 +310,13 @@ class TestDevice:
         assert bench_activation.main(["--tokens", "1", "300", "--out", str(path)]) == 0
         assert json.loads(path.read_text())["rows"][0]["peer"] == "cupy"
 
+    def test_routing_bench(self, tmp_path):
+        path = tmp_path / "stages.json"
+        args = ["--tokens", "1", "40", "700", "--models", "deepseek_v3", "--out", str(path)]
+        assert bench_routing.main(args) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert [row["num_launches"] for row in rows if row["variant"] == "logits"] == [1, 1, 2]
+
     def test_layer_bench(self, tmp_path):
         path = tmp_path / "layer.json"
         args = ["--models", "tiny", "--tokens", "1", "70", "--repeats", "3", "--out", str(path)]
@@ -289,6 +342,6 @@ class TestDevice:
 
 
 def test_arguments_are_the_ones_the_code_reads():
-    for module in (bench_activation, bench_layer, bench_error, bench_startup):
+    for module in (bench_activation, bench_layer, bench_error, bench_routing, bench_startup):
         args = module._parser().parse_args(["--dry-run"])
         assert isinstance(args, argparse.Namespace) and args.dry_run and args.out is None

@@ -5,44 +5,15 @@ A mutation whose line is no longer in the source fails here: it must move with t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
-from cumoe.launch import KERNEL_DIR
 from tests.host import cases, loader
+from tests.host.mutation import BARRIER, Mutation
+from tests.host.routing_mutations import ROUTING_MUTATIONS
 
 MAX_SEEDS = 12
 
 
-@dataclass(frozen=True)
-class Mutation:
-    """`old` becomes `new` in a file, at its `nth` occurrence; the kernel's cases must notice.
-
-    A line moves when `moved` names the text before which it is put instead.
-    """
-
-    file: str
-    old: str
-    new: str
-    kernel: str = ""
-    case: str = ""  # the one case to run; by default all until one fails
-    nth: int = 0
-    moved: str = ""
-
-    def apply(self) -> str:
-        """Return the changed text."""
-        parts = (KERNEL_DIR / self.file).read_text().split(self.old)
-        assert len(parts) > self.nth + 1, f"{self.file}: {self.old!r} does not occur"
-        head, tail = parts[: self.nth + 1], parts[self.nth + 1 :]
-        text = self.old.join(head) + self.new + self.old.join(tail)
-        if self.moved:
-            assert text.count(self.moved) == 1, f"{self.file}: {self.moved!r} is not there once"
-            text = text.replace(self.moved, f"{self.old} {self.moved}")
-        return text
-
-
-BARRIER, WARP_SYNC = "__syncthreads();", "__syncwarp();"
 GEMM, SM90 = "sm80_grouped_gemm.cu", "sm90_grouped.cuh"
 FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_bf16_grouped_gemm"
 SM90_FP8, SM90_BF16 = f"{FP8}.cu", f"{BF16}.cu"
@@ -57,31 +28,12 @@ SHORT = "one block, several tiles, short k"
 IDLE = "clusters, a block without rows"
 
 MUTATIONS = {
+    **ROUTING_MUTATIONS,
     # Removed block barriers, every one there is.
-    "count: barrier after zeroing": Mutation("permute_count.cu", BARRIER, "", case="tails"),
-    "count: barrier before the store": Mutation(
-        "permute_count.cu", BARRIER, "", case="tails", nth=1
-    ),
-    "scan: barrier after the counts": Mutation(
-        "permute_scan.cu", BARRIER, "", case="more experts than threads"
-    ),
-    "scan: barrier before the scan": Mutation("permute_scan.cu", BARRIER, "", case="tails", nth=1),
-    "scan: barrier after reading": Mutation("permute_scan.cu", BARRIER, "", case="tails", nth=2),
-    "scan: barrier after adding": Mutation("permute_scan.cu", BARRIER, "", case="tails", nth=3),
     "finalize: barrier": Mutation("finalize.cu", BARRIER, "", case="tails"),
     "weights: barrier": Mutation("quantize_fp8_weights.cu", BARRIER, "", case="tails"),
     "gemm: barrier of the pipeline": Mutation(GEMM, BARRIER, "", case="bf16 gated"),
     "gemm: barrier of the scale": Mutation(GEMM, BARRIER, "", case="fp8 gated to fp8", nth=1),
-    # Removed warp synchronisation.
-    "place: warp sync before the update": Mutation(
-        "permute_place.cu", WARP_SYNC, "", case="tails", nth=1
-    ),
-    "routing: warp sync after the groups": Mutation(
-        "routing_topk.cu", WARP_SYNC, "", case="deepseek_v3 groups"
-    ),
-    "routing: warp sync after marking": Mutation(
-        "routing_topk.cu", WARP_SYNC, "", case="deepseek_v3 odd groups", nth=2
-    ),
     # Dropped tail checks.
     "block: rows": Mutation("quantize_fp8_block.cu", "row < p.num_rows && ", "", case="tails"),
     "block: columns": Mutation(
@@ -92,12 +44,6 @@ MUTATIONS = {
     ),
     "weights: columns": Mutation(
         "quantize_fp8_weights.cu", "row >= p.n || column >= p.k", "row >= p.n", case="tails"
-    ),
-    "expand: slots": Mutation(
-        "topk_expand.cu",
-        "if (slot >= static_cast<int64_t>(p.num_tokens) * columns) return;",
-        "",
-        case="packed",
     ),
     "finalize: columns": Mutation(
         "finalize.cu", "if (column >= p.hidden_size) return;", "", case="tails"
@@ -153,20 +99,6 @@ MUTATIONS = {
         "e4m3.cuh", "quotient(amax, kE4m3Max, 1.0f / kE4m3Max)", "amax * (1.0f / kE4m3Max)",
         "activation", case="midpoints",
     ),
-    "routing: tokens": Mutation(
-        "routing_topk.cu", "if (token >= p.num_tokens) return;", "", case="default"
-    ),
-    "routing: experts": Mutation(
-        "routing_topk.cu",
-        "image[i] = expert < NUM_EXPERTS ? order_image(key) : 0;",
-        "image[i] = order_image(key);",
-    ),
-    "count: slots": Mutation(
-        "permute_count.cu",
-        "min(begin + kChunkSlots, p.num_slots)",
-        "begin + kChunkSlots",
-        case="tails",
-    ),
     "gemm: rows": Mutation(GEMM, "if (row >= row_end) continue;", "", case="bf16 gated"),
     "gemm: columns": Mutation(GEMM, "if (column >= p.n) continue;", "", case="bf16 gated"),
     "gemm: k": Mutation(GEMM, "const bool k_valid = k < p.k_bytes;", "const bool k_valid = true;"),
@@ -204,26 +136,8 @@ MUTATIONS = {
         "f16x2_from_e4m3x2(bh >> 16), f16x2_from_e4m3x2(bh & 0xffffu)",
         case="fp8 plain",
     ),
-    # Off by one in the expert offsets.
-    "scan: offsets": Mutation(
-        "permute_scan.cu",
-        "p.expert_offsets[e] = tiles * p.tile;",
-        "p.expert_offsets[e] = (tiles + 1) * p.tile;",
-        case="tails",
-    ),
-    "scan: last offset": Mutation(
-        "permute_scan.cu", "if (threadIdx.x == kThreads - 1) {", "if (threadIdx.x == 0) {",
-        case="tails",
-    ),
-    "experts: row to expert": Mutation(
-        "experts.cuh", "offsets[middle] <= row", "offsets[middle] < row", "permute_place"
-    ),
     "activation: expert": Mutation(
         "activation.cu", "p.tile_expert[row0 / p.tile]", "p.tile_expert[row0 / p.tile / 2]"
-    ),
-    "experts: shard": Mutation(
-        "experts.cuh", "routed < num_local_routed", "routed <= num_local_routed", "permute_count",
-        case="shard",
     ),
     "gemm: expert": Mutation(
         GEMM, "p.tile_expert[row_tile];", "p.tile_expert[row_tile ? row_tile - 1 : 0];"
@@ -406,12 +320,6 @@ MUTATIONS = {
     ),
     "sm90 bf16: cluster ends together": Mutation(SM90_BF16, CLUSTER_ENDS, "", case=IDLE),
     # A slot of -1 written or used.
-    "place: slot of -1": Mutation(
-        "permute_place.cu", "if (row >= 0) p.token_idx", "p.token_idx", case="shard"
-    ),
-    "place: padding": Mutation(
-        "permute_place.cu", "p.token_idx[r] = -1;", "p.token_idx[r] = 0;", case="tails"
-    ),
     "finalize: slot of -1": Mutation(
         "finalize.cu", "if (row[k] < 0) continue;", "", case="tails"
     ),
@@ -420,10 +328,6 @@ MUTATIONS = {
         case="interleaved up first",
     ),
     # Arithmetic that must be exact, and order.
-    "routing: ties": Mutation(
-        "routing_topk.cu", "if (image[i] > best) best", "if (image[i] >= best) best"
-    ),
-    "routing: NaN": Mutation("routing_topk.cu", "return x == x ? x : -INFINITY;", "return x;"),
     "exact: order of the sum": Mutation(
         "exact.cuh",
         "for (int offset = 16; offset > 0; offset /= 2) {",

@@ -15,18 +15,19 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-import cumoe
 from cumoe import (
     Routing,
     RoutingMethod,
     formulas,
     kernels,
     kernels_activation,
+    kernels_routing,
     kernels_sm90,
     tuning,
 )
 from cumoe.config import Activation
 from cumoe.grouped_gemm import gemm_spec
+from cumoe.kernels_routing import Source
 from cumoe.launch import KERNEL_DIR, KernelSpec, compile_cubin, smem_limit
 from cumoe.tuning import GroupedGemmProblem
 from tests.helpers import BF16, DTYPES, F32, FP8
@@ -50,16 +51,15 @@ ROUTING_SIZES = [
 MAX_REGISTERS = {
     "activation": 168,
     "finalize": 32,
-    "permute_count": 32,
-    "permute_place": 40,
-    "permute_scan": 48,
+    "permute_place": 64,
     "quantize_fp8_block": 40,
     "quantize_fp8_weights": 120,
-    "routing_topk": 160,
+    "routing_count": 256,
+    "routing_permute": 256,
+    "routing_topk": 168,
     "sm80_grouped_gemm": 255,
     "sm90_bf16_grouped_gemm": 168,
     "sm90_fp8_grouped_gemm": 168,
-    "topk_expand": 24,
 }
 """Registers a thread may take: the most over all architectures with NVRTC 12.9, rounded up to a
 multiple of eight."""
@@ -72,8 +72,8 @@ class Shipped(NamedTuple):
     smem_bytes: int = 0
 
 
-def routing_specs() -> Iterator[Shipped]:
-    """Yield each method at a small, a usual and the largest size."""
+def routing_specs(arch: str) -> Iterator[Shipped]:
+    """Yield each method at several sizes, alone and with the permutation."""
     for method, (experts, top_k, groups, dtype) in itertools.product(RoutingMethod, ROUTING_SIZES):
         grouped = method is RoutingMethod.DEEPSEEK_V3
         routing = Routing(
@@ -86,18 +86,28 @@ def routing_specs() -> Iterator[Shipped]:
             weights_dtype="bfloat16" if dtype == "bfloat16" else "float32",
             bias_round_bf16=dtype == "bfloat16",
         )
-        yield Shipped(kernels.routing_spec(routing, dtype, "float32"))
+        yield Shipped(kernels_routing.routing_spec(routing, dtype, "float32"))
+        logits, bias = np.zeros((1, experts), DTYPES[dtype]), np.zeros(experts, F32)
+        ids = np.zeros((1, routing.total_top_k), np.int32)
+        weights = ids.astype(DTYPES[routing.weights_dtype])
+        source = Source(ids, weights, logits=logits, bias=bias, routing=routing)
+        specs = kernels_routing.route_permute_specs(source, arch)
+        # Another method changes the selection, which is in all of them.
+        if method is RoutingMethod.DEEPSEEK_V3:
+            yield from map(Shipped, specs)
+        elif arch == tuning.SM90_ARCH:
+            yield Shipped(specs[0])
+    ids, weights = np.zeros((1, 2), np.int32), np.zeros((1, 2), F32)
+    given = [Source(ids_in=ids), Source(ids, weights.astype(BF16), ids_in=ids, packed=True)]
+    for scores in (weights, weights.astype(BF16)):
+        given.append(Source(ids, scores, ids_in=ids, weights_in=scores))
+    for source in given:
+        yield from map(Shipped, kernels_routing.route_permute_specs(source, arch))
 
 
 def elementwise_specs() -> Iterator[Shipped]:
-    """Yield expansion, permutation, quantisation and finalize for all their dtypes."""
+    """Yield quantisation and finalize for all their dtypes."""
     ids, scale = np.zeros((1, 2), np.int32), np.zeros((1, 2), F32)
-    for given in (None, scale, scale.astype(BF16)):
-        weights = scale.astype(BF16) if given is None else given
-        yield Shipped(kernels.topk_expand(ids, given, ids, weights, 8).spec)
-    permutation = cumoe.group(ids, num_experts=8, tile=16)
-    experts = dict.fromkeys(("num_experts", "num_shared", "expert_offset", "num_local_routed"), 8)
-    yield from (Shipped(launch.spec) for launch in kernels.permute(ids, permutation, ids, experts))
     codes = np.zeros((1, 1, 256), FP8)
     for dtype in FLOATS:
         x = np.zeros((1, 1, 256), DTYPES[dtype])
@@ -194,7 +204,7 @@ def shipped(arch: str) -> list[Shipped]:
     """Return what can run on an architecture, each configuration once."""
     hopper = hopper_specs() if arch == tuning.SM90_ARCH else ()
     gemms = (*grouped_gemm_specs(arch), *epilogue_specs(arch), *hopper)
-    every = (*routing_specs(), *elementwise_specs(), *activation_specs(), *gemms)
+    every = (*routing_specs(arch), *elementwise_specs(), *activation_specs(), *gemms)
     return list(dict.fromkeys(every))
 
 

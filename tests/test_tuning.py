@@ -127,7 +127,7 @@ class TestHopper:
         assert tuning.SM90_SMEM_BYTES == HOPPER
 
     def test_shared_memory(self):
-        """A ring of stages and their tiles, chunks of both consumers, barriers, and what fp8 needs for scales."""
+        """The ring, chunks of both consumers, barriers, and what fp8 needs for scales."""
         config = tuning.Sm90Config(block_n=64, num_stages=4, num_chunks=3)
         common = 4 * (256 + 64) * 128 + 3 * 2 * 4096 + 4 * 16 + 8 * (2 * 4 + 4 * 3)
         assert tuning.sm90_smem_bytes(config, BF16_PROBLEM) == common

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -19,13 +18,12 @@ from cumoe import kernels, launch
 from cumoe.arrays import DTYPES, FP8
 from cumoe.cli.console import CommandError, facts, make_console, quantity, seconds
 from cumoe.config import Array, ExpertShard
+from cumoe.kernels_routing import Source, route_permute_specs
 from cumoe.launch import KernelSpec
 from cumoe.launch.compile import cache_key
 from cumoe.layer_call import LayerSpec
 from cumoe.models import MODELS, ModelShape, Recipe
-from cumoe.permutation import plan_group
 from cumoe.plan import gemm_specs
-from cumoe.tuning import tiles
 from cumoe.weights import ExpertWeights
 
 DEFAULT_ARCH = "sm_90a"
@@ -177,7 +175,7 @@ def kernel_specs(
     if max_num_tokens is not None:
         tokens = range(min_num_tokens, max_num_tokens + 1)
         heights = {spec.select_tile(t * shape.total_top_k, arch) for t in tokens}
-    specs = [*_routing_specs(spec, shape), *_rows_specs(fp8)]
+    specs = [*_routing_specs(spec, shape, arch), *_rows_specs(fp8)]
     for tile in sorted(heights):
         specs += gemm_specs(spec, tile, arch)
     return list(dict.fromkeys(specs))
@@ -201,27 +199,22 @@ def _empty(shape: tuple[int, ...], dtype: str) -> Array:
     return np.empty(shape, DTYPES[dtype])
 
 
-def _routing_specs(spec: LayerSpec, shape: ModelShape) -> list[KernelSpec]:
-    """Return routing from logits and from given ids, and the permutation."""
+def _routing_specs(spec: LayerSpec, shape: ModelShape, arch: str) -> list[KernelSpec]:
+    """Return routing from logits and from given ids, with the permutation."""
     assert spec.routing is not None
-    bias = "float32" if shape.has_bias else None
-    specs = [kernels.routing_spec(spec.routing, dtype, bias) for dtype in ("float32", "bfloat16")]
-    given = _empty((1, shape.top_k), "int32")
-    ids = _empty((1, shape.total_top_k), "int32")
-    plain: list[tuple[str | None, str]] = [(None, "bfloat16")]
-    if spec.num_shared:
-        plain += [("float32", "float32"), ("bfloat16", "bfloat16")]
-    for given_dtype, dtype in plain:
-        weights_in = None if given_dtype is None else _empty(given.shape, given_dtype)
-        weights = _empty(ids.shape, dtype)
-        specs.append(kernels.topk_expand(given, weights_in, ids, weights, spec.num_experts).spec)
-
-    def allocate(name: str, size: Any, dtype: str) -> Array:
-        return _empty(tuple(size), dtype)
-
-    tile = tiles(str(spec.weights.dtype))[0]
-    _, launches = plan_group(ids, spec.num_experts, spec.num_shared, spec.shard, tile, allocate)
-    return specs + [item.spec for item in launches]
+    bias = _empty((shape.num_experts,), "float32") if shape.has_bias else None
+    given, ids = _empty((1, shape.top_k), "int32"), _empty((1, shape.total_top_k), "int32")
+    written = {dtype: _empty(ids.shape, dtype) for dtype in ("float32", "bfloat16")}
+    sources = [Source(ids_in=given)] if not spec.num_shared else []
+    sources += [Source(ids, written["bfloat16"], ids_in=given, packed=True)]
+    for dtype, weights in written.items():
+        logits = _empty((1, shape.num_experts), dtype)
+        out = written[spec.routing.weights_dtype]
+        sources += [Source(ids, out, logits=logits, bias=bias, routing=spec.routing)]
+        if spec.num_shared:
+            weights_in = _empty(given.shape, dtype)
+            sources += [Source(ids, weights, ids_in=given, weights_in=weights_in)]
+    return [item for source in sources for item in route_permute_specs(source, arch)]
 
 
 def _rows_specs(fp8: bool) -> list[KernelSpec]:

@@ -2,11 +2,22 @@
 // Every operation is rounded on its own: the _rn intrinsics keep the compiler from contracting to FMA.
 #pragma once
 
-#include "types.cuh"
+#include "ptx.cuh"
 
 namespace cumoe {
 
 constexpr uint32_t kImageNegInf = 0x007fffffu;
+
+/// exp(r) for |r| <= 0.34665.
+__device__ __forceinline__ float exp_polynomial(float r) {
+  float p = __fadd_rn(__fmul_rn(0x1.6a504cp-10f, r), 0x1.123974p-7f);
+  p = __fadd_rn(__fmul_rn(p, r), 0x1.5558acp-5f);
+  p = __fadd_rn(__fmul_rn(p, r), 0x1.555492p-3f);
+  p = __fadd_rn(__fmul_rn(p, r), 0x1.fffffcp-2f);
+  p = __fmul_rn(p, __fmul_rn(r, r));
+  p = __fadd_rn(p, r);
+  return __fadd_rn(p, 1.0f);
+}
 
 /// exp(x) within 1 ulp by a fixed sequence of operations; subnormal results are rounded once.
 __device__ __forceinline__ float det_exp(float x) {
@@ -14,24 +25,36 @@ __device__ __forceinline__ float det_exp(float x) {
   const float n = rintf(__fmul_rn(x, 0x1.715476p+0f));
   float r = __fsub_rn(x, __fmul_rn(n, 0x1.62e4p-1f));
   r = __fsub_rn(r, __fmul_rn(n, 0x1.7f7d1cp-20f));
-  float p = __fadd_rn(__fmul_rn(0x1.6a504cp-10f, r), 0x1.123974p-7f);
-  p = __fadd_rn(__fmul_rn(p, r), 0x1.5558acp-5f);
-  p = __fadd_rn(__fmul_rn(p, r), 0x1.555492p-3f);
-  p = __fadd_rn(__fmul_rn(p, r), 0x1.fffffcp-2f);
-  p = __fmul_rn(p, __fmul_rn(r, r));
-  p = __fadd_rn(p, r);
-  p = __fadd_rn(p, 1.0f);
+  float p = exp_polynomial(r);
   const int i = static_cast<int>(n);
   const int half = i >> 1;
   p = __fmul_rn(p, __int_as_float((half + 127) << 23));
   return __fmul_rn(p, __int_as_float((i - half + 127) << 23));
 }
 
-/// 0.5 * tanh(0.5 * x) + 0.5; saturates to exactly 0 and 1 near |x| = 17.
+/// 0.5 * tanh(0.5 * x) + 0.5 for x that is not NaN; saturates to exactly 0 and 1 near |x| = 17.
+///
+/// With e = det_exp(-|x|): 0.5 + 0.5 * copysign((1 - e) / (1 + e), x), in fewer instructions to the same
+/// bits. Below -80 nothing is left of e in 1 - e and 1 + e, and above it the power of two is a normal
+/// number, so it is one addition to the exponent. Products that are exact are fused with the sum.
+/// NOTE: the quotient is that of __fdiv_rn for every e, with a reciprocal up to 4 ulp off: all of them were
+/// tried. Only e = 1 - 2^-23, half way between two numbers but for 2^-48, does not come out by itself.
 __device__ __forceinline__ float det_sigmoid(float x) {
-  const float e = det_exp(-fabsf(x));
-  const float t = copysignf(__fdiv_rn(__fsub_rn(1.0f, e), __fadd_rn(1.0f, e)), x);
-  return __fadd_rn(__fmul_rn(0.5f, t), 0.5f);
+  constexpr float kRound = 0x1.8p+23f;  // a sum with it is rounded to an integer
+  const float a = fmaxf(-fabsf(x), -80.0f);
+  const float shifted = __fadd_rn(__fmul_rn(a, 0x1.715476p+0f), kRound);
+  const float n = __fsub_rn(shifted, kRound);
+  float r = __fmaf_rn(n, -0x1.62e4p-1f, a);
+  r = __fsub_rn(r, __fmul_rn(n, 0x1.7f7d1cp-20f));
+  const float p = exp_polynomial(r);
+  const float e = __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+  const float numerator = __fsub_rn(1.0f, e), denominator = __fadd_rn(1.0f, e);
+  float reciprocal = ptx::rcp_approx_ftz(denominator);
+  reciprocal = __fmaf_rn(__fmaf_rn(-denominator, reciprocal, 1.0f), reciprocal, reciprocal);
+  float t = __fmul_rn(numerator, reciprocal);
+  t = __fmaf_rn(__fmaf_rn(-denominator, t, numerator), reciprocal, t);
+  if (e == 0x1.fffffcp-1f) t = 0x1.000002p-24f;
+  return __fmaf_rn(0.5f, copysignf(t, x), 0.5f);
 }
 
 /// Numerator of a softmax term under the maximum `m`: 0 for -inf, 1 at the maximum.
@@ -49,11 +72,15 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-/// Maps fp32 to an unsigned integer in selection order; NaN ranks as -inf, 0 is no number.
-__device__ __forceinline__ uint32_t order_image(float x) {
+/// Maps fp32 that is not NaN to an unsigned integer in selection order; 0 is no number's.
+__device__ __forceinline__ uint32_t order_image_of_number(float x) {
   const uint32_t bits = __float_as_uint(x);
-  if (x != x) return kImageNegInf;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/// The same for any fp32: NaN ranks as -inf.
+__device__ __forceinline__ uint32_t order_image(float x) {
+  return x != x ? kImageNegInf : order_image_of_number(x);
 }
 
 /// Inverse of order_image; -inf for 0.

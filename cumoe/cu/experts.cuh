@@ -1,4 +1,4 @@
-// Which local expert a slot or a row belongs to.
+// Which local expert a slot belongs to.
 #pragma once
 
 #include "types.cuh"
@@ -13,6 +13,9 @@ struct ExpertRange {
   int32_t shared_token_start;  // tokens whose shared experts are evaluated here
   int32_t shared_token_stop;
 
+  /// Experts evaluated here, shared ones included.
+  __device__ __forceinline__ int num_local() const { return num_local_routed + num_shared; }
+
   /// Local expert of global id `id` for a token, or -1 when it is not evaluated here.
   __device__ __forceinline__ int local(int id, int token) const {
     const int routed = id - expert_offset;
@@ -23,20 +26,9 @@ struct ExpertRange {
   }
 };
 
-/// Expert whose segment holds `row`: the last e < count with offsets[e] <= row.
-__device__ __forceinline__ int expert_of_row(const int32_t* offsets, int count, int64_t row) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (offsets[middle] <= row) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+/// Token of a slot; unsigned division is the shorter.
+__device__ __forceinline__ int token_of_slot(int slot, int columns) {
+  return static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(columns));
 }
-
-constexpr int kChunkSlots = 512;  // slots one warp ranks
 
 }  // namespace cumoe

@@ -1,0 +1,205 @@
+"""Mutations of the routing kernels: selection, barriers, and the permutation's arithmetic."""
+
+from __future__ import annotations
+
+from tests.host.mutation import BARRIER, WARP_SYNC, Mutation
+
+ROUTING, TOPK, PERMUTE = "routing.cuh", "topk.cuh", "permute.cuh"
+
+ROUTING_MUTATIONS = {
+    # Selection.
+    "routing: tokens": Mutation(
+        "routing_topk.cu", "if (token >= p.num_tokens) return;", "", case="default"
+    ),
+    "routing: experts": Mutation(
+        ROUTING, "inside ? order_image_of_number(key) : 0", "order_image_of_number(key)",
+        "routing_topk", case="negative keys",
+    ),
+    "routing: NaN": Mutation(
+        ROUTING, "x[i] = not_nan(x[i]);", "x[i] = x[i];", "routing_topk", case="top_k"
+    ),
+    "routing: bias of NaN": Mutation(
+        ROUTING, "key = not_nan(__fadd_rn(key, b));", "key = __fadd_rn(key, b);", "routing_topk",
+        case="bias without numbers",
+    ),
+    "routing: scale": Mutation(
+        ROUTING, "__fmul_rn(weight, p.scaling_factor), ", "weight, ", "routing_topk",
+        case="deepseek_v3 groups",
+    ),
+    "routing: group lanes": Mutation(
+        ROUTING, "group < lane / kLanes ? 1u", "group <= lane / kLanes ? 1u", "routing_topk",
+        case="deepseek_v3 groups",
+    ),
+    "routing: ties of groups": Mutation(
+        ROUTING, "(group < lane / kLanes ? 1u : 0u)", "0u", "routing_topk",
+        case="deepseek_v3 groups of one",
+    ),
+    "routing: second of a group": Mutation(
+        ROUTING, "max(min(first, other_first), max(second, other_second))",
+        "max(second, other_second)", "routing_topk", case="deepseek_v3 groups",
+    ),
+    "routing: odd groups": Mutation(
+        ROUTING, "owner ? second : first", "first", "routing_topk", case="deepseek_v3 odd groups"
+    ),
+    "routing: marks of odd groups": Mutation(
+        ROUTING, "group % kGroupSlots == slot", "slot == 0", "routing_topk",
+        case="deepseek_v3 odd groups",
+    ),
+    "routing: groups in a lane": Mutation(
+        ROUTING, "mark = score[i / kGroupSize];", "mark = score[0];", "routing_topk",
+        case="deepseek_v3 groups of one lane",
+    ),
+    "top-k: ties of lanes": Mutation(
+        TOPK, "(lanes & ((1u << lane) - 1u)) == 0", "(lanes >> lane) == 1", "routing_topk"
+    ),
+    "top-k: ties in a lane": Mutation(TOPK, "skip > 0 &&", "skip < 0 &&", "routing_topk"),
+    "top-k: runs of ties": Mutation(
+        TOPK, "lane > 0 && image_before == mine", "image_before == mine", "routing_topk"
+    ),
+    "top-k: ties past the first word": Mutation(
+        TOPK, "equal[i / 32]", "equal[0]", "routing_permute", case="block, 2048 experts"
+    ),
+    "top-k: sort": Mutation(
+        TOPK, "if constexpr (STEP > 1) sort_pass<SORTED, STEP / 2>(v);", "", "routing_topk",
+        case="deepseek_v3 groups of one lane",
+    ),
+    "sigmoid: reduction": Mutation(
+        "exact.cuh", "__fmaf_rn(n, -0x1.62e4p-1f, a)", "__fmaf_rn(n, -0x1.62e3p-1f, a)",
+        "routing_topk", case="many sigmoids",
+    ),
+    "sigmoid: quotient": Mutation(
+        "exact.cuh", "  t = __fmaf_rn(__fmaf_rn(-denominator, t, numerator), reciprocal, t);\n",
+        "", "routing_topk", case="many sigmoids",
+    ),
+    "sigmoid: ends": Mutation(
+        "exact.cuh", "fmaxf(-fabsf(x), -80.0f)", "-fabsf(x)", "routing_topk", case="sigmoid"
+    ),
+    # Routing with the permutation: barriers.
+    "permute: barrier after clearing": Mutation(
+        "routing_permute.cu", BARRIER, "", case="block"
+    ),
+    "permute: barrier after counting": Mutation(
+        "routing_permute.cu", BARRIER, "", case="block", nth=1
+    ),
+    "permute: barrier before the scan": Mutation(
+        "routing_permute.cu", BARRIER, "", case="block", nth=2
+    ),
+    "permute: barrier after the scan": Mutation(
+        "routing_permute.cu", BARRIER, "", case="block", nth=3
+    ),
+    "permute: cluster counts together": Mutation(
+        "routing_permute.cu", "ptx::cluster_sync();", "__syncthreads();", case="cluster"
+    ),
+    "permute: cluster ends together": Mutation(
+        "routing_permute.cu", "ptx::cluster_wait();", "", case="cluster"
+    ),
+    "permute: barrier of the scan": Mutation(PERMUTE, BARRIER, "", "routing_permute", case="block"),
+    "count: barrier after clearing": Mutation("routing_count.cu", BARRIER, "", case="tails"),
+    "count: barrier before the store": Mutation(
+        "routing_count.cu", BARRIER, "", case="tails", nth=1
+    ),
+    "place: barrier after clearing": Mutation("permute_place.cu", BARRIER, "", case="tails"),
+    "place: barrier before the scan": Mutation(
+        "permute_place.cu", BARRIER, "", case="tails", nth=1
+    ),
+    "place: barrier after the scan": Mutation(
+        "permute_place.cu", BARRIER, "", case="tails", nth=2
+    ),
+    "permute: warp sync before the update": Mutation(
+        PERMUTE, WARP_SYNC, "", "permute_place", case="given"
+    ),
+    # Its arithmetic.
+    "permute: rank of a source": Mutation(
+        "routing_permute.cu", "ptx::mapa(ptx::smem_address(counts + word), c)",
+        "ptx::mapa(ptx::smem_address(counts + word), 0)", case="cluster",
+    ),
+    "permute: last chunk": Mutation(
+        "routing_permute.cu", "min(chunk_begin + p.chunk_tokens, p.num_tokens)",
+        "chunk_begin + p.chunk_tokens", case="cluster",
+    ),
+    "permute: written slots": Mutation(
+        "routing_permute.cu", "slot < (chunk_end - chunk_begin) * p.columns", "slot < 32",
+        case="block",
+    ),
+    "permute: token of a written slot": Mutation(
+        "routing_permute.cu", "write_slot(p, chunk_begin + token", "write_slot(p, token",
+        case="cluster",
+    ),
+    "count: last chunk": Mutation(
+        "routing_count.cu", "min(chunk_begin + p.chunk_tokens, p.num_tokens)",
+        "chunk_begin + p.chunk_tokens", case="tails",
+    ),
+    "place: last chunk": Mutation(
+        "permute_place.cu", "min(p.chunk_slots, p.num_slots - chunk_begin)", "p.chunk_slots",
+        case="tails",
+    ),
+    "place: ids ahead": Mutation(
+        "permute_place.cu", "if (slot + kWarpSize < end) id", "if (slot < 0) id",
+        case="given, several rounds of a run",
+    ),
+    "permute: halves": Mutation(PERMUTE, "(16 * (expert & 1))", "(16 * (~expert & 1))",
+                                "permute_place", case="tails"),
+    "permute: earlier chunks": Mutation(
+        PERMUTE, "base + j * parts < chunk", "base + j * parts <= chunk", "permute_place",
+        case="tails",
+    ),
+    "permute: chunks ahead": Mutation(
+        PERMUTE, "base += AHEAD * parts", "base += (AHEAD + 1) * parts", "permute_place",
+        case="more chunks than are under way",
+    ),
+    "permute: earlier runs": Mutation(
+        PERMUTE, "running += counts[warp];", "running = counts[warp];", "permute_place",
+        case="given",
+    ),
+    "permute: lanes of the scan": Mutation(
+        PERMUTE, "if (lane >= offset) through", "if (lane > offset) through", "permute_place",
+        case="tails",
+    ),
+    "permute: warps of the scan": Mutation(
+        PERMUTE, "lane < warp ? s.warp_sum[lane]", "lane <= warp ? s.warp_sum[lane]",
+        "permute_place", case="more experts than threads",
+    ),
+    "permute: last offset": Mutation(
+        PERMUTE, "threadIdx.x == blockDim.x - 1", "threadIdx.x == 0", "permute_place", case="tails"
+    ),
+    "permute: peers": Mutation(
+        PERMUTE, "counted(run[expert >> 1], expert) + earlier", "counted(run[expert >> 1], expert)",
+        "permute_place", case="given",
+    ),
+    "permute: slot of -1": Mutation(
+        PERMUTE, "if (row >= 0) t.token_idx", "t.token_idx", "permute_place", case="shard"
+    ),
+    "permute: padding": Mutation(
+        PERMUTE, "lane; r < last * t.tile; r += kWarpSize) t.token_idx[r] = -1;",
+        "lane; r < last * t.tile; r += kWarpSize) t.token_idx[r] = 0;", "permute_place",
+        case="tails",
+    ),
+    "permute: unused tiles": Mutation(
+        PERMUTE, "int i = used + thread", "int i = used + 1 + thread", "permute_place",
+        case="tails",
+    ),
+    "permute: unused rows": Mutation(
+        PERMUTE, "int r = used * t.tile + thread", "int r = used * t.tile + 1 + thread",
+        "permute_place", case="tails",
+    ),
+    "permute: end of a tile": Mutation(
+        PERMUTE, "min((i + 1) * t.tile, row_end)", "row_end", "permute_place",
+        case="given, all on one expert",
+    ),
+    "permute: experts of the lanes": Mutation(
+        PERMUTE, "base + holder * num_warps", "base + holder", "permute_place",
+        case="more experts than threads",
+    ),
+    "experts: shard": Mutation(
+        "experts.cuh", "routed < num_local_routed", "routed <= num_local_routed", "permute_place",
+        case="shard",
+    ),
+    "given: shared experts": Mutation(
+        "given.cuh", "p.top_k < p.columns && id >= p.experts.num_experts", "false",
+        "routing_permute", case="given, packed",
+    ),
+    "given: slots": Mutation(
+        "given.cuh", "slot += kWarpSize", "slot += 4 * kWarpSize", "routing_permute",
+        case="given, more columns than lanes",
+    ),
+}  # fmt: skip
