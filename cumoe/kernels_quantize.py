@@ -19,8 +19,8 @@ UNIT_ROWS = {2: 4, 4: 2}
 """Bytes of an input element -> the rows a thread holds at most: 128 bytes on their way."""
 
 MIN_THREADS = 1 << 17
-"""Threads that a launch must have left before each takes more rows: about as many as an H200 holds at
-a time with 64 registers each."""
+"""Threads that a launch must have left before each takes more rows: about as many as an H200 holds
+at a time with 64 registers each."""
 
 ROW_VECTORS = {2: 8, 4: 4}
 """Bytes of an input element -> vectors of eight that a thread holds of a row with one scale."""

@@ -21,15 +21,22 @@ __device__ __forceinline__ uint32_t e2m1_magnitude(float y) {
   return (__float_as_uint(sum) - power - (22u << 23)) + ((power >> 22) - (127u << 1));
 }
 
-/// Rounds |x[i]| * factor to e2m1, saturating, x[0] in bits 0-3. Signs are those of x, also of zeros; NaN gives
-/// 6. Magnitudes must be below 7 without `saturate`.
+/// Rounds x[i] * factor to e2m1, x[0] in bits 0-3. Zeros keep their sign; NaN becomes 6, as with the
+/// instruction. Without `saturate` magnitudes are below 7 and no NaN.
 __device__ __forceinline__ uint32_t e2m1x8_from_f32(const float* x, float factor, bool saturate) {
   float y[8];
+  uint32_t bits[8];  // of which the sign is used
 #pragma unroll
-  for (int i = 0; i < 8; ++i) y[i] = __fmul_rn(fabsf(x[i]), factor);
+  for (int i = 0; i < 8; ++i) {
+    y[i] = __fmul_rn(fabsf(x[i]), factor);
+    bits[i] = __float_as_uint(x[i]);
+  }
   if (saturate) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) y[i] = fminf(y[i], 6.0f);
+    for (int i = 0; i < 8; ++i) {
+      if (y[i] != y[i]) bits[i] = 0;
+      y[i] = fminf(y[i], 6.0f);
+    }
   }
   // Elements 0, 2, 4, 6 and 1, 3, 5, 7 in the four bytes of a word, and their signs in bits 7.
   uint32_t codes[2], signs[2];
@@ -37,10 +44,8 @@ __device__ __forceinline__ uint32_t e2m1x8_from_f32(const float* x, float factor
   for (int odd = 0; odd < 2; ++odd) {
     codes[odd] = e2m1_magnitude(y[odd]) + (e2m1_magnitude(y[odd + 2]) << 8) +
                  (e2m1_magnitude(y[odd + 4]) << 16) + (e2m1_magnitude(y[odd + 6]) << 24);
-    const uint32_t low =
-        __byte_perm(__float_as_uint(x[odd]), __float_as_uint(x[odd + 2]), 0x0073);
-    const uint32_t high =
-        __byte_perm(__float_as_uint(x[odd + 4]), __float_as_uint(x[odd + 6]), 0x0073);
+    const uint32_t low = __byte_perm(bits[odd], bits[odd + 2], 0x0073);
+    const uint32_t high = __byte_perm(bits[odd + 4], bits[odd + 6], 0x0073);
     signs[odd] = __byte_perm(low, high, 0x5410);
   }
   return (codes[0] + (codes[1] << 4)) | (signs[0] >> 4 & 0x08080808u) | (signs[1] & 0x80808080u);

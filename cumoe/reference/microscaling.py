@@ -75,8 +75,8 @@ def quantize_fp8_ue8m0(x: Array, group_size: int) -> QuantizedUE8M0:
 def to_e2m1(x: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Round float32 to the codes of e2m1: nearest, ties to even, saturating.
 
-    Magnitudes above 5, infinity and NaN included, become 6 (code 7); signs are kept, those of
-    zeros and NaN too.
+    Magnitudes above 5, infinity included, become 6 (code 7) and so does NaN; the sign of zero is
+    kept. The bits are those of PTX ``cvt.rn.satfinite.e2m1x2.f32``.
     """
     a = np.abs(x)
     code = np.zeros(x.shape, np.uint8)
@@ -85,8 +85,9 @@ def to_e2m1(x: NDArray[np.float32]) -> NDArray[np.uint8]:
         (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0), (False, True) * 3 + (False,), strict=True
     ):
         code += (a >= F32(threshold)) if inclusive else (a > F32(threshold))
+    code |= np.signbit(x).astype(np.uint8) << 3
     code[np.isnan(x)] = 7
-    return np.asarray(code | np.signbit(x).astype(np.uint8) << 3)
+    return np.asarray(code)
 
 
 def nvfp4_global_scale(amax: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -117,7 +118,7 @@ def quantize_nvfp4(
 
     Notes
     -----
-    NaN does not enter the maximum and becomes 6 with its sign; so do infinities.
+    NaN does not enter the maximum and becomes 6. Infinities become 6 with their sign.
     """
     wide = np.asarray(x).astype(F32)
     num_rows, num_columns = wide.shape
@@ -129,8 +130,7 @@ def quantize_nvfp4(
         scale = to_e4m3(np.asarray(global_scale * (amax * F32(1.0 / 6.0)), F32))
         wide_scale = scale.astype(F32)
         factor = np.where(wide_scale == 0, F32(0), global_scale / wide_scale)
-        scaled = np.abs(groups) * factor[:, :, None]
-    codes = to_e2m1(np.copysign(scaled, groups)).reshape(wide.shape)
+        codes = to_e2m1(groups * factor[:, :, None]).reshape(wide.shape)
     values = codes[:, 0::2] | codes[:, 1::2] << 4
     laid = np.zeros(fp4_scale_shape(wide.shape, layout), DTYPES[FP8])
     if layout == "linear":
