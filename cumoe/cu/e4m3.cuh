@@ -150,8 +150,8 @@ struct E4m3Divisor {
 /// UE8M0 scale of a group: the biased exponent of the power of two at or above max(amax / 448, 1e-10).
 /// 255 (NaN) for an infinite amax.
 __device__ __forceinline__ uint32_t ue8m0_scale(float amax) {
-  const float scale = is_usual(amax) ? quotient(amax, kE4m3Max, 1.0f / kE4m3Max)
-                                     : __fdiv_rn(amax, kE4m3Max);
+  const float scale =
+      is_usual(amax) ? quotient(amax, kE4m3Max, 1.0f / kE4m3Max) : __fdiv_rn(amax, kE4m3Max);
   return (__float_as_uint(fmaxf(scale, kMinUe8m0Scale)) + 0x7fffffu) >> 23;
 }
 

@@ -30,7 +30,7 @@ struct Params {
 
 constexpr int kThreads = 128;
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 6)
     quantize_nvfp4(const __grid_constant__ Params p) {
   static_assert(32 % ROWS == 0, "the rows of a unit lie in one line of the tiles");
   const bool dynamic = p.num_partials > 0;
@@ -71,8 +71,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const uint32_t scale = nvfp4_scale(amax, global_scale);
     const float factor = nvfp4_factor(scale, global_scale);
     const bool saturate = has_nan || !(__fmul_rn(amax, factor) < 7.0f);
-    const uint2 word = make_uint2(e2m1x8_from_f32(x, factor, saturate),
-                                  e2m1x8_from_f32(x + 8, factor, saturate));
+    const uint2 word =
+        make_uint2(e2m1x8_from_f32(x, factor, saturate), e2m1x8_from_f32(x + 8, factor, saturate));
     if (valid) *reinterpret_cast<uint2*>(p.values + (row * p.num_columns + column) / 2) = word;
     if (row < p.scale_rows) {
       scales[r * (SWIZZLED ? 16 : p.scale_groups)] = static_cast<uint8_t>(valid ? scale : 0);

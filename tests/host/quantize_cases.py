@@ -21,7 +21,7 @@ def _wild(host: Host, shape: Sequence[int], dtype: str) -> np.ndarray:
     """Return numbers of many magnitudes with zeros, NaN and infinity."""
     x = host.rng.standard_normal(shape) * np.exp2(host.rng.integers(-12, 8, shape))
     flat = x.reshape(-1)
-    flat[:: max(flat.size // 40, 1)] = 0.0
+    flat[:: max(flat.size // 40, 7)] = 0.0
     flat[-1] = -0.0
     if flat.size > 300:
         flat[40], flat[300] = np.nan, np.inf
@@ -69,8 +69,17 @@ def _e4m3_ties(host: Host, shape: Sequence[int], dtype: str) -> np.ndarray:
     return host.arena.array(x.astype(DTYPES[dtype]))
 
 
+def _e4m3_ties_of_one(host: Host, shape: Sequence[int], dtype: str) -> np.ndarray:
+    """Return such numbers for the matrix of one expert."""
+    return _e4m3_ties(host, shape[1:], dtype)[None]
+
+
+def _zeros(host: Host, shape: Sequence[int], dtype: str) -> np.ndarray:
+    return host.arena.array(np.zeros(shape, DTYPES[dtype]))
+
+
 def _e2m1_ties(host: Host, shape: Sequence[int], dtype: str) -> np.ndarray:
-    """Return numbers at and beside the thresholds of e2m1, for groups whose largest is 6 or more."""
+    """Return numbers at and beside the thresholds of e2m1, in groups with a 6 or more."""
     marks = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.75, 2.5, 3, 3.5, 4, 5, 6], np.float32)
     near = host.rng.choice(marks, shape).view(np.int32)
     near += host.rng.integers(-1, 2, shape).astype(np.int32) * (near != 0)
@@ -153,10 +162,10 @@ def _quantize_tensor(
                 assert given[0] == np.float32(scale), "the given scale was written"
             else:
                 got, partials = host.empty((1,), F32), host.empty((num_partials,), F32)
-                host.run(
-                    kernels_quantize.tensor_amax(x, partials),
-                    kernels_quantize.quantize_fp8_tensor(x, values, got, partials, rows=count),
-                )
+                host.run(kernels_quantize.tensor_amax(x, partials))
+                partials[...] = np.roll(partials, -1)
+                launch = kernels_quantize.quantize_fp8_tensor(x, values, got, partials, rows=count)
+                host.run(launch)
                 same_bits("scale", got, expected.scale)
             same_bits("values", values, expected.values)
 
@@ -166,7 +175,7 @@ def _quantize_tensor(
 def _tensor_amax(shape: tuple[int, int], dtype: str, num_partials: int) -> Any:
     def check(host: Host) -> None:
         x = _wild(host, shape, dtype)
-        for position in (0, x.size // 2 + 3, x.size - 1):
+        for position in (0, x.size // 2 + 3, x.size - 1, min(511 * 8 + 3, x.size - 1)):
             again = host.arena.array(x.copy())
             again[np.isinf(again)] = 0
             again.reshape(-1)[position] = -60000.0
@@ -315,7 +324,7 @@ QUANTIZE_CASES: dict[str, list[Case]] = {
         Case("tails", _quantize_weights((2, 200, 136), BF16)),
         Case("one row", _quantize_weights((1, 1, 8), F32)),
         Case("float16", _quantize_weights((1, 128, 264), F16)),
-        Case("ties", _quantize_weights((1, 130, 256), F32, lambda h, s, d: _e4m3_ties(h, s[1:], d)[None])),
+        Case("ties", _quantize_weights((1, 130, 256), F32, _e4m3_ties_of_one)),
     ],
     "quantize_fp8_token": [
         Case("one row", _quantize_token((1, 8), BF16)),
@@ -332,6 +341,7 @@ QUANTIZE_CASES: dict[str, list[Case]] = {
         Case("tails", _quantize_tensor((7, 1032), BF16)),
         Case("wild", _quantize_tensor((3, 264), F32, _wild)),
         Case("float16", _quantize_tensor((2, 4104), F16)),
+        Case("many maxima", _quantize_tensor((2, 520), BF16, num_partials=300)),
         Case("ties", _quantize_tensor((1, 1000), F32, _e4m3_ties)),
         Case("tiny", _quantize_tensor((3, 264), F32, _scaled(-120))),
         Case("huge", _quantize_tensor((3, 264), F32, _scaled(124))),
@@ -366,14 +376,25 @@ QUANTIZE_CASES: dict[str, list[Case]] = {
         Case("float16", _quantize_nvfp4((3, 176), F16, "swizzled_128x4", global_scale=100.0)),
         Case("offsets past 2^32", _far_nvfp4),
         Case("extreme", _quantize_nvfp4((40, 64), F32, "linear", _extreme, global_scale=1.0)),
-        Case("its own scale", _quantize_nvfp4((7, 272), BF16, "linear", _finite, global_scale=None)),
+        Case(
+            "its own scale", _quantize_nvfp4((7, 272), BF16, "linear", _finite, global_scale=None)
+        ),
         Case(
             "its own scale, swizzled",
             _quantize_nvfp4((6, 96), F32, "swizzled_128x4", _finite, global_scale=None),
         ),
-        Case("its own scale, tiny", _quantize_nvfp4((3, 96), F32, "linear", _scaled(-120), global_scale=None)),
-        Case("its own scale, infinite", _quantize_nvfp4((3, 160), F32, "linear", _wild, global_scale=None)),
-        Case("its own scale, zeros", _quantize_nvfp4((2, 32), BF16, "linear", lambda h, s, d: h.arena.array(np.zeros(s, DTYPES[d])), global_scale=None)),
+        Case(
+            "its own scale, tiny",
+            _quantize_nvfp4((3, 96), F32, "linear", _scaled(-120), global_scale=None),
+        ),
+        Case(
+            "its own scale, infinite",
+            _quantize_nvfp4((3, 160), F32, "linear", _wild, global_scale=None),
+        ),
+        Case(
+            "its own scale, zeros",
+            _quantize_nvfp4((2, 32), BF16, "linear", _zeros, global_scale=None),
+        ),
     ],
-}  # fmt: skip
+}
 """Kernel to cases."""
