@@ -174,7 +174,7 @@ def quantize_fp8_token(x: Any, *, out: Quantized | None = None) -> Quantized:
     x = _activations(x)
     native = _outputs(x, out, (x.shape[0], 1), (1, None))
     if is_device(x):
-        if x.size:
+        if x.shape[0]:
             kernels.run([kernels_quantize.quantize_fp8_token(x, native.values, native.scale)], x)
     else:
         result = reference.quantize_fp8_token(x)
@@ -231,6 +231,8 @@ def quantize_fp8_tensor(x: Any, *, scale: Any = None, out: Quantized | None = No
                 kernels_quantize.quantize_fp8_tensor(x, native.values, native.scale, partials)
             )
             kernels.run(launches, x)
+        elif own is None:
+            native.scale.fill(reference.MIN_SCALE)
     else:
         result = reference.quantize_fp8_tensor(x, own)
         native.values[...], native.scale[...] = result.values, result.scale
@@ -357,6 +359,8 @@ def quantize_nvfp4(
             launches = [] if partials is None else [kernels_quantize.tensor_amax(x, partials)]
             launches.append(kernels_quantize.quantize_nvfp4(x, *native[:3], partials, layout))
             kernels.run(launches, x)
+        elif own is None:
+            native.global_scale.fill(np.finfo(np.float32).max)
     else:
         result = reference_microscaling.quantize_nvfp4(x, own, layout)
         native.values[...], native.scale[...] = result.values, result.scale
