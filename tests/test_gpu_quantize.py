@@ -1,5 +1,5 @@
-"""The quantisers and finalize on a GPU against their twins, to the bit: real sizes, all row counts of
-a unit, poisoned outputs, more than 2^31 elements."""
+"""The quantisers and finalize on a GPU against their twins, to the bit: real sizes, all rows of a
+unit, poisoned outputs, more than 2^31 elements."""
 
 from __future__ import annotations
 
