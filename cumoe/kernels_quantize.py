@@ -130,7 +130,6 @@ def quantize_fp8_token(x: Array, values: Array, scale: Array) -> Launch:
 
 def tensor_amax(x: Array, partials: Array) -> Launch:
     """Launch for the largest magnitude of an array, in as many parts as `partials` holds."""
-    vectors = ROW_VECTORS[x.dtype.itemsize]
     return make(
         KernelSpec("tensor_amax", (("INPUT_TYPE", TYPES[dtype_name(x)]),)),
         (int(partials.size), 1, 1),
@@ -138,7 +137,6 @@ def tensor_amax(x: Array, partials: Array) -> Launch:
         x=x,
         partials=partials,
         num_elems=x.size,
-        num_chunks=-(-x.size // (512 * vectors * 8)),
     )
 
 

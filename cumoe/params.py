@@ -95,9 +95,7 @@ PARAMS: dict[str, np.dtype] = {
         *_fields(_I64, "num_rows scale_rows"),
         *_fields(_I32, "num_columns scale_groups num_partials"),
     ),
-    "tensor_amax": _struct(
-        *_fields(_POINTER, "x partials"), *_fields(_I64, "num_elems num_chunks")
-    ),
+    "tensor_amax": _struct(*_fields(_POINTER, "x partials"), ("num_elems", _I64)),
     "quantize_fp8_weights": _struct(
         *_fields(_POINTER, "w values scale"),
         *_fields(_I64, "input_expert_stride values_expert_stride scale_expert_stride"),

@@ -51,18 +51,13 @@ __device__ __forceinline__ uint32_t e2m1x8_from_f32(const float* x, float factor
   return (codes[0] + (codes[1] << 4)) | (signs[0] >> 4 & 0x08080808u) | (signs[1] & 0x80808080u);
 }
 
-/// Largest magnitude, NaN left out, and whether there is a NaN.
+/// Whether a value is NaN or infinite. Multiplications only: the kernels wait for the other pipe.
 template <int kCount>
-__device__ __forceinline__ float fp4_amax(const float (&x)[kCount], bool& has_nan) {
-  uint32_t bits = 0;
+__device__ __forceinline__ bool any_not_finite(const float (&x)[kCount]) {
+  float zero = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) bits = max(bits, __float_as_uint(x[i]) & 0x7fffffffu);
-  has_nan = bits > 0x7f800000u;
-  if (!has_nan) return __uint_as_float(bits);
-  float amax = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) amax = fmaxf(amax, fabsf(x[i]));
-  return amax;
+  for (int i = 0; i < kCount; ++i) zero = __fmaf_rn(x[i], 0.0f, zero);
+  return zero != 0.0f;  // NaN
 }
 
 /// The global scale that maps the largest magnitude of a tensor to the largest number.

@@ -3,8 +3,8 @@
 // partials[b] is the maximum of what block b reads; whoever reads them takes the largest (raw.cuh). So there is
 // nothing to clear before and no order that matters.
 //
-// Grid      any; strides over chunks of 512 * kVectors * 8 elements.
-// Block     512 threads, kVectors times eight elements each, all loaded before the first is used.
+// Grid      any; strides over slabs of 512 * 8 elements, so that no block has two more than another.
+// Block     512 threads. kVectors slabs, eight elements a thread of each, are loaded before the first is used.
 // smem      warp_amax (16,) float.
 // From -D   INPUT_TYPE
 #include "raw.cuh"
@@ -12,26 +12,27 @@
 using namespace cumoe;
 
 struct Params {
-  const void* x;       // (num_elems,)
-  float* partials;     // (gridDim.x,)
-  int64_t num_elems;   // a multiple of 8
-  int64_t num_chunks;  // of kChunkElems
+  const void* x;      // (num_elems,)
+  float* partials;    // (gridDim.x,)
+  int64_t num_elems;  // a multiple of 8
 };
 
 constexpr int kThreads = 512;
 constexpr int kVectors = INPUT_TYPE == kF32 ? 4 : 8;
-constexpr int kChunkElems = kThreads * kVectors * 8;
+constexpr int kSlabElems = kThreads * 8;
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     tensor_amax(const __grid_constant__ Params p) {
   __shared__ float warp_amax[kThreads / kWarpSize];
   ptx::griddepcontrol_wait();
   float amax = 0.0f;
-  for (int64_t chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kSlabElems;
+  int64_t first = static_cast<int64_t>(blockIdx.x) * kSlabElems + threadIdx.x * 8;
+  for (; first < p.num_elems; first += kVectors * step) {
     Raw<INPUT_TYPE, 8> raw[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t index = chunk * kChunkElems + (v * kThreads + threadIdx.x) * 8;
+      const int64_t index = first + v * step;
       raw[v].load(p.x, index, index < p.num_elems ? 8 : 0);
     }
 #pragma unroll
