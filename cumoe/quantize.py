@@ -336,9 +336,9 @@ def quantize_nvfp4(
 
     Notes
     -----
-    NaN does not enter ``amax`` and becomes 6; infinities become 6 with their sign. Without `global_scale`
-    x is read twice, by two kernels. The conversion is the same arithmetic on every GPU, as no GPU
-    before Blackwell has the instruction. Queued on the current stream.
+    NaN does not enter ``amax`` and becomes 6; infinities become 6 with their sign. Without
+    `global_scale` x is read twice, by two kernels. The conversion is the same arithmetic on every
+    GPU, as no GPU before Blackwell has the instruction. Queued on the current stream.
 
     Examples
     --------

@@ -112,14 +112,16 @@ QUANTIZE_MUTATIONS = {
         "quantize_nvfp4.cu", "if (row < p.scale_rows) {", "{", case="tails"
     ),
     "nvfp4: saturation": Mutation(
-        "quantize_nvfp4.cu", "any_not_finite(x) || !(__fmul_rn(amax, factor) < 7.0f)", "any_not_finite(x)"
+        "quantize_nvfp4.cu", "any_not_finite(x) || !(__fmul_rn(amax, factor) < 7.0f)",
+        "any_not_finite(x)",
     ),
     "nvfp4: NaN": Mutation(
         "quantize_nvfp4.cu", "any_not_finite(x) || !(__fmul_rn(amax, factor) < 7.0f)",
         "!(__fmul_rn(amax, factor) < 7.0f)",
     ),
-    "nvfp4: sign of NaN": Mutation("fp4.cuh", "if (y[i] != y[i]) bits[i] = 0;", "",
-                                   "quantize_nvfp4"),
+    "nvfp4: sign of NaN": Mutation(
+        "fp4.cuh", "if (y[i] != y[i]) bits[i] = 0;", "", "quantize_nvfp4"
+    ),
     "nvfp4: steps below 1": Mutation(
         "fp4.cuh", "fmaxf(y, 1.0f)", "fmaxf(y, 0.5f)", "quantize_nvfp4", case="ties"
     ),
