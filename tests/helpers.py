@@ -192,7 +192,7 @@ def to_host(x: Any) -> Any:
     if isinstance(x, tuple):
         values = [to_host(value) for value in x]
         return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
-    if isinstance(x, (np.ndarray, int)):
+    if isinstance(x, (np.ndarray, int, str)):
         return x
     import cupy
 

@@ -22,11 +22,11 @@ from cumoe import (
     Routing,
     TopK,
 )
-from tests import bad_input_cases, bad_input_layer_cases
+from tests import bad_input_cases, bad_input_layer_cases, bad_input_quantize_cases
 from tests.bad_input_cases import Case, E, H, I, K, S, T
 from tests.helpers import DTYPES, FP8, Poisoned, to_backend, to_host
 
-CASES = bad_input_cases.CASES + bad_input_layer_cases.CASES
+CASES = bad_input_cases.CASES + bad_input_layer_cases.CASES + bad_input_quantize_cases.CASES
 ROUTING = Routing("deepseek_v3", num_experts=E, top_k=K, num_shared_experts=S)
 
 
@@ -234,6 +234,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[Arrays], dict[str, Any]]]] 
             "out": new.out(T, H),
         },
     ),
+    **bad_input_quantize_cases.CALLS,
 }
 
 

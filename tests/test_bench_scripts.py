@@ -12,7 +12,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import bench_activation, bench_error, bench_layer, bench_routing, bench_startup
+from bench import (
+    bench_activation,
+    bench_error,
+    bench_layer,
+    bench_quantize,
+    bench_routing,
+    bench_startup,
+)
 from bench.harness import Timing
 from bench.inputs import TINY, find_model, make_layer, make_weights
 from cumoe import Activation
@@ -235,6 +242,35 @@ class TestBenchRouting:
         assert "FAILED qwen3_30b_a3b given T=2: wrong answer: token_idx differs" in found
 
 
+class TestBenchQuantize:
+    def test_dry_run(self, tmp_path):
+        path = tmp_path / "stages.json"
+        args = ["--dry-run", "--tokens", "3", "--repeats", "1", "--out", str(path)]
+        assert bench_quantize.main(args) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert [row["variant"] or row["op"] for row in rows] == list(bench_quantize.VARIANTS)
+        moved = {r["variant"] or r["op"]: r["tbps"] * r["us"] * 1e6 / 3 for r in rows}
+        np.testing.assert_allclose(moved["fp8_block"], 7168 * 3 + 56 * 4)
+        np.testing.assert_allclose(moved["nvfp4"], 7168 * (2 + 2 + 0.5) + 448)
+        np.testing.assert_allclose(moved["finalize"], (8 + 1) * 7168 * 2 + 8 * 8)
+
+    @pytest.mark.parametrize("variant", bench_quantize.VARIANTS)
+    def test_a_wrong_answer_is_not_timed(self, variant, monkeypatch, capsys):
+        name = "finalize" if variant == "finalize" else "quantize_" + variant.split()[0]
+        real = getattr(bench_quantize.cumoe, name)
+
+        def broken(*arrays, **options):
+            out = real(*arrays, **options)
+            values = getattr(out, "values", out)
+            values.view(np.uint8)[-1, -1] ^= 0x10
+            return out
+
+        monkeypatch.setattr(bench_quantize.cumoe, name, broken)
+        assert bench_quantize.main(["--dry-run", "--tokens", "2", "--variants", variant]) == 1
+        expected = f"FAILED {variant} T=2: ArithmeticError: wrong answer: 1 of "
+        assert expected in capsys.readouterr().out
+
+
 class TestBenchStartup:
     def test_dry_run(self, tmp_path, monkeypatch):
         monkeypatch.setattr(bench_startup, "RESULTS", tmp_path / "none.json")
@@ -317,6 +353,11 @@ class TestDevice:
         rows = json.loads(path.read_text())["rows"]
         assert [row["num_launches"] for row in rows if row["variant"] == "logits"] == [1, 1, 2]
 
+    def test_quantize_bench(self, tmp_path):
+        path = tmp_path / "stages.json"
+        assert bench_quantize.main(["--tokens", "1", "300", "--out", str(path)]) == 0
+        assert json.loads(path.read_text())["rows"][0]["peer"] == "cupy"
+
     def test_layer_bench(self, tmp_path):
         path = tmp_path / "layer.json"
         args = ["--models", "tiny", "--tokens", "1", "70", "--repeats", "3", "--out", str(path)]
@@ -342,6 +383,7 @@ class TestDevice:
 
 
 def test_arguments_are_the_ones_the_code_reads():
-    for module in (bench_activation, bench_layer, bench_error, bench_routing, bench_startup):
+    modules = (bench_activation, bench_layer, bench_error, bench_quantize, bench_routing)
+    for module in (*modules, bench_startup):
         args = module._parser().parse_args(["--dry-run"])
         assert isinstance(args, argparse.Namespace) and args.dry_run and args.out is None

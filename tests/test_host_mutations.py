@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 from tests.host import cases, loader
-from tests.host.mutation import BARRIER, Mutation
+from tests.host.mutations import BARRIER, Mutation
+from tests.host.quantize_mutations import QUANTIZE_MUTATIONS
 from tests.host.routing_mutations import ROUTING_MUTATIONS
 
 MAX_SEEDS = 12
@@ -29,16 +30,13 @@ IDLE = "clusters, a block without rows"
 
 MUTATIONS = {
     **ROUTING_MUTATIONS,
+    **QUANTIZE_MUTATIONS,
     # Removed block barriers, every one there is.
     "finalize: barrier": Mutation("finalize.cu", BARRIER, "", case="tails"),
     "weights: barrier": Mutation("quantize_fp8_weights.cu", BARRIER, "", case="tails"),
     "gemm: barrier of the pipeline": Mutation(GEMM, BARRIER, "", case="bf16 gated"),
     "gemm: barrier of the scale": Mutation(GEMM, BARRIER, "", case="fp8 gated to fp8", nth=1),
     # Dropped tail checks.
-    "block: rows": Mutation("quantize_fp8_block.cu", "row < p.num_rows && ", "", case="tails"),
-    "block: columns": Mutation(
-        "quantize_fp8_block.cu", " && column < p.num_columns", "", case="tails"
-    ),
     "weights: rows": Mutation(
         "quantize_fp8_weights.cu", "row < p.n && column < p.k", "column < p.k", case="tails"
     ),
@@ -89,7 +87,7 @@ MUTATIONS = {
         case="exact, from float32",
     ),
     "activation: tiny scales": Mutation(
-        "e4m3.cuh", "amax < 1.0f ? 0x1p64f : 0x1p-64f", "1.0f", "activation", case="midpoints"
+        "e4m3.cuh", "scale < 1.0f ? 0x1p64f : 0x1p-64f", "1.0f", "activation", case="midpoints"
     ),
     "activation: quotient": Mutation(
         "e4m3.cuh", "return __fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q);", "return q;",
@@ -348,8 +346,8 @@ MUTATIONS = {
     ),
     "finalize: fused": Mutation(
         "finalize.cu",
-        "__fadd_rn(sum[i], __fmul_rn(weight[k], x[i]))",
-        "__fmaf_rn(weight[k], x[i], sum[i])",
+        "__fadd_rn(sum[c], __fmul_rn(weight[k], x[c]))",
+        "__fmaf_rn(weight[k], x[c], sum[c])",
     ),
 }  # fmt: skip
 

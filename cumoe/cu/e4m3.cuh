@@ -8,6 +8,8 @@ namespace cumoe {
 
 constexpr float kE4m3Max = 448.0f;
 constexpr float kMinScale = 1.17549435e-38f;  // smallest normal fp32: no division by zero
+constexpr float kMinTokenScale = 0x1p-9f / 448.0f;
+constexpr float kMinUe8m0Scale = 1e-10f;
 constexpr int kScaleBlock = 128;
 
 /// Rounds fp32 to nearest-even e4m3 in integer arithmetic, saturating at 448; NaN gives 0x7f.
@@ -69,60 +71,117 @@ __device__ __forceinline__ float quotient(float a, float b, float reciprocal) {
   return __fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q);
 }
 
-/// How to divide by a scale: quotient(y * factor, divisor, reciprocal) rounds y / scale to the bits, or
-/// to what e4m3 cannot tell from it. The factor is a power of two that keeps remainders from being
-/// subnormal or infinite, and 1 for an `amax` within the bounds of usual_amax.
-struct __align__(16) Divisor {
-  float divisor, reciprocal, factor, unused_;
-};
+/// What `quotient` needs of a divisor between 2^-90 and 2^100.
+__device__ __forceinline__ float reciprocal_of(float scale) {
+  const float guess = ptx::rcp_approx_ftz(scale);
+  return __fmaf_rn(guess, -__fmaf_rn(scale, guess, -1.0f), guess);
+}
 
-__device__ __forceinline__ bool usual_amax(float amax) {
+/// Whether amax / 448 is such a divisor.
+__device__ __forceinline__ bool is_usual(float amax) {
   return amax >= 0x1p-80f && amax <= 0x1p108f;
 }
 
-/// The scale of a block with a usual amax, and its reciprocal.
-__device__ __forceinline__ float usual_scale(float amax, float& reciprocal) {
-  const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
-  const float guess = ptx::rcp_approx_ftz(scale);
-  reciprocal = __fmaf_rn(guess, -__fmaf_rn(scale, guess, -1.0f), guess);
-  return scale;
+/// Divides values of at most 448 scales by a scale that is between 2^-90 and 2^100.
+template <int kCount>
+__device__ __forceinline__ void divide_usual(float (&y)[kCount], float scale) {
+  const float reciprocal = reciprocal_of(scale);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i], scale, reciprocal);
 }
 
-/// The scale of any other block, and how to divide by it.
-__device__ __forceinline__ float unusual_scale(float amax, Divisor& by) {
-  const float scale = e4m3_scale(amax), factor = amax < 1.0f ? 0x1p64f : 0x1p-64f;
+/// How to divide the values of a block, at most 448 scales, by its scale: for several threads.
+// NOTE: kept from subnormal remainders by a power of two, which changes no quotient that e4m3 can hold.
+struct __align__(16) BlockDivisor {
+  float divisor, reciprocal, factor, unused_;
+
+  __device__ __forceinline__ float divide(float y) const {
+    return quotient(y * factor, divisor, reciprocal);
+  }
+};
+
+/// That of a scale which is not between 2^-90 and 2^100, from the smallest normal number on.
+__device__ __forceinline__ BlockDivisor extreme_divisor(float scale) {
+  const float factor = scale < 1.0f ? 0x1p64f : 0x1p-64f;
   // Finite / inf = 0, inf / inf = NaN.
-  by = {scale == INFINITY ? 0.0f : scale * factor, __frcp_rn(scale * factor), factor, 0.0f};
-  return scale;
+  return {scale == INFINITY ? 0.0f : scale * factor, __frcp_rn(scale * factor), factor, 0.0f};
 }
 
 /// The scale of a block, e4m3_scale(amax), and how to divide by it.
-__device__ __forceinline__ float block_scale(float amax, Divisor& by) {
-  if (!usual_amax(amax)) return unusual_scale(amax, by);
-  by.divisor = usual_scale(amax, by.reciprocal);
-  by.factor = 1.0f;
-  return by.divisor;
-}
-
-__device__ __forceinline__ float divide(float y, const Divisor& by) {
-  return quotient(y * by.factor, by.divisor, by.reciprocal);
-}
-
-/// Divides the values of a block by its scale and returns it: three operations for each value.
-template <int kCount>
-__device__ __forceinline__ float divide_by_scale(float (&y)[kCount], float amax) {
-  if (usual_amax(amax)) {
-    float reciprocal;
-    const float scale = usual_scale(amax, reciprocal);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i], scale, reciprocal);
+__device__ __forceinline__ float block_scale(float amax, BlockDivisor& by) {
+  if (!is_usual(amax)) {
+    const float scale = e4m3_scale(amax);
+    by = extreme_divisor(scale);
     return scale;
   }
-  Divisor by;
-  const float scale = unusual_scale(amax, by);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) y[i] = divide(y[i], by);
+  const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
+  by = {scale, reciprocal_of(scale), 1.0f, 0.0f};
   return scale;
+}
+
+template <int kCount>
+__device__ __forceinline__ void divide_extreme(float (&y)[kCount], float scale) {
+  const BlockDivisor by = extreme_divisor(scale);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) y[i] = by.divide(y[i]);
+}
+
+/// Divides the values of a block by its scale, e4m3_scale(amax), and returns the scale. Scale and e4m3
+/// values have the bits of true divisions, at three operations for each value.
+template <int kCount>
+__device__ __forceinline__ float divide_by_scale(float (&y)[kCount], float amax) {
+  if (is_usual(amax)) {
+    const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
+    divide_usual(y, scale);
+    return scale;
+  }
+  const float scale = e4m3_scale(amax);
+  divide_extreme(y, scale);
+  return scale;
+}
+
+/// Dequantisation scale of a row that has one: at least 1/448 of the smallest e4m3 number.
+__device__ __forceinline__ float e4m3_token_scale(float amax) {
+  return fmaxf(__fdiv_rn(amax, kE4m3Max), kMinTokenScale);
+}
+
+/// Divides any values by any positive scale, each to the e4m3 value that a true division gives: for scales
+/// that many values share.
+struct E4m3Divisor {
+  float factor;  // takes the divisor between 2^-90 and 2^100
+  float divisor;
+  float reciprocal;
+
+  __device__ __forceinline__ explicit E4m3Divisor(float scale) {
+    factor = scale < 0x1p-80f ? 0x1p64f : scale > 0x1p90f ? 0x1p-64f : 1.0f;
+    const bool infinite = scale == INFINITY;  // finite / inf = 0, inf / inf = NaN
+    divisor = infinite ? 0.0f : scale * factor;
+    reciprocal = infinite ? 0.0f : reciprocal_of(divisor);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void divide(float (&y)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float a = y[i] * factor;
+      // NOTE: cut far above 448, so that no remainder is infinite; a NaN comes back with the remainder.
+      const float q = fminf(fmaxf(a * reciprocal, -0x1p20f), 0x1p20f);
+      y[i] = __fmaf_rn(-__fmaf_rn(divisor, q, -a), reciprocal, q);
+    }
+  }
+};
+
+/// UE8M0 scale of a group: the biased exponent of the power of two at or above max(amax / 448, 1e-10).
+/// 255 (NaN) for an infinite amax.
+__device__ __forceinline__ uint32_t ue8m0_scale(float amax) {
+  const float scale =
+      is_usual(amax) ? quotient(amax, kE4m3Max, 1.0f / kE4m3Max) : __fdiv_rn(amax, kE4m3Max);
+  return (__float_as_uint(fmaxf(scale, kMinUe8m0Scale)) + 0x7fffffu) >> 23;
+}
+
+/// 1 / scale of a UE8M0 scale from ue8m0_scale: exact, and 0 for 255.
+__device__ __forceinline__ float ue8m0_reciprocal(uint32_t scale) {
+  return __uint_as_float(scale < 255u ? (254u - scale) << 23 : 0u);
 }
 
 }  // namespace cumoe

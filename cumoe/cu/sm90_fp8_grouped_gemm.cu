@@ -31,7 +31,7 @@ struct Smem : Shared {
   // Scales of the tokens, [column % 8 / 2][column / 8][column % 2]: with GATED as they are, else times
   // that of a weight half.
   float scale[NUM_STAGES][kScaleSets][4 * kScaleRow];
-  Divisor by_scale[kTeams][kRequantised];
+  BlockDivisor by_scale[kTeams][kRequantised];
   float amax[kConsumers * 4][kRequantised];
   float2 weight_scale[NUM_STAGES];  // of gate and up
   uint64_t landed[NUM_STAGES];      // gathered tokens, of which warp 3 tells the consumers
@@ -154,14 +154,14 @@ __device__ __forceinline__ void store_requantised(const Params& p, Smem& smem, c
 #pragma unroll
   for (int i = 0; i < BLOCK_N / 4; i += 2) {
     const int token = i * 4 + 2 * (lane % 4);
-    const Divisor first = smem.by_scale[team][token], second = smem.by_scale[team][token + 1];
+    const BlockDivisor first = smem.by_scale[team][token], second = smem.by_scale[team][token + 1];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       uint8_t* to = staging + token * kStageRow + part * 64 + member / kWarpSize * 16 + lane / 4;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float* values = y[part] + 2 * i + 2 * h;
-        const uint32_t q = e4m3x2_from_f32(divide(values[0], first), divide(values[1], second));
+        const uint32_t q = e4m3x2_from_f32(first.divide(values[0]), second.divide(values[1]));
         to[8 * h] = static_cast<uint8_t>(q);
         to[8 * h + kStageRow] = static_cast<uint8_t>(q >> 8);
       }

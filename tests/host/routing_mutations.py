@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.host.mutation import BARRIER, WARP_SYNC, Mutation
+from tests.host.mutations import BARRIER, Mutation
 
 ROUTING, TOPK, PERMUTE = "routing.cuh", "topk.cuh", "permute.cuh"
 
@@ -106,7 +106,7 @@ ROUTING_MUTATIONS = {
         "permute_place.cu", BARRIER, "", case="tails", nth=2
     ),
     "permute: warp sync before the update": Mutation(
-        PERMUTE, WARP_SYNC, "", "permute_place", case="given"
+        PERMUTE, "__syncwarp();", "", "permute_place", case="given"
     ),
     # Its arithmetic.
     "permute: rank of a source": Mutation(

@@ -1,4 +1,4 @@
-"""One line of a kernel changed, which a case must notice."""
+"""One changed line of a kernel, which a case must notice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cumoe.launch import KERNEL_DIR
 
-BARRIER, WARP_SYNC = "__syncthreads();", "__syncwarp();"
+BARRIER = "__syncthreads();"
 
 
 @dataclass(frozen=True)
