@@ -1,0 +1,1 @@
+"""Several GPUs: process groups, peer memory, and fused all-reduces on it."""
