@@ -33,7 +33,8 @@ LAYERS = (
     {"routing", "permutation", "grouped_gemm", "activation", "finalize", "quantize"}
     | {"custom_activation"},
     {"weights", "checkpoint", "layouts", "arrays", "config", "tuning", "models", "validate"}
-    | {"kernels", "kernels_activation", "kernels_sm90", "params", "reference", "formulas"},
+    | {"kernels", "kernels_activation", "kernels_comm", "kernels_sm90"}
+    | {"params", "reference", "formulas"},
     {"launch"},
 )
 """Names in cumoe from the top down (``""`` is ``cumoe/__init__.py``): imports go down or sideways.

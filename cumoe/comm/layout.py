@@ -35,7 +35,7 @@ has received what this rank sent after the end of call n + NUM_BUFFERS - 2. Two 
 a whole call lies between, since only relaxed accesses of memory tell the peer."""
 
 STATE_WORDS = 4
-"""int32 words, zeros at first: [0] number of the next call, [1] blocks of it that have arrived."""
+"""int32 words, zeros at first: [0] buffer of the next call, [1] blocks of it that have arrived."""
 
 WIRE_DTYPES = ("bfloat16", "float16", "float32")
 MAX_WORLD_SIZE = 16
@@ -91,7 +91,12 @@ def check_sizes(world_size: int, max_num_tokens: int, hidden_size: int, dtype: s
 
 
 def block_layout(
-    world_size: int, max_num_tokens: int, hidden_size: int, dtype: str = "bfloat16"
+    world_size: int,
+    max_num_tokens: int,
+    hidden_size: int,
+    dtype: str = "bfloat16",
+    *,
+    one_shot: int | None = None,
 ) -> BlockLayout:
     """Return sizes and offsets of a rank's block.
 
@@ -105,6 +110,8 @@ def block_layout(
         A multiple of 8.
     dtype : {"bfloat16", "float16", "float32"}
         On the wire.
+    one_shot : int, optional
+        Overrides :func:`one_shot_bytes`.
 
     Raises
     ------
@@ -116,8 +123,8 @@ def block_layout(
         return BlockLayout(0, 0, 0, 0, 0)
     row_bytes = hidden_size * DTYPES[dtype].itemsize
     all_bytes, peers = max_num_tokens * row_bytes, world_size - 1
-    slot_bytes = min(all_bytes, max(one_shot_bytes(world_size), row_bytes))
-    slot_bytes = _aligned(slot_bytes)
+    limit = one_shot_bytes(world_size) if one_shot is None else one_shot
+    slot_bytes = _aligned(min(all_bytes, max(limit, row_bytes)))
     share_bytes = results_offset = used = 0
     if all_bytes > slot_bytes:
         share_bytes = _aligned(-(-max_num_tokens // world_size) * row_bytes)

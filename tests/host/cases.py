@@ -21,6 +21,7 @@ from cumoe.reference import moe as twin_moe
 from cumoe.reference import permutation as twin_permutation
 from cumoe.reference import quantize, routing
 from tests.host.activation_cases import ACTIVATION_CASES
+from tests.host.allreduce_cases import ALLREDUCE_CASES, TWO_SHOT_CASES
 from tests.host.checks import (
     BF16,
     F16,
@@ -301,6 +302,8 @@ CASES: dict[str, list[Case]] = {
     "quantize_fp8_weights": QUANTIZE_WEIGHTS_CASES,
     "activation": ACTIVATION_CASES,
     "finalize": FINALIZE_CASES,
+    "allreduce_one_shot": ALLREDUCE_CASES,
+    "allreduce_two_shot": TWO_SHOT_CASES,
     "sm80_grouped_gemm": GEMM_CASES,
     "sm90_bf16_grouped_gemm": GEMM90_BF16_CASES,
     "sm90_fp8_grouped_gemm": GEMM90_FP8_CASES,
