@@ -22,6 +22,7 @@ from cumoe import (
     formulas,
     kernels,
     kernels_activation,
+    kernels_comm,
     kernels_sm90,
     tuning,
 )
@@ -49,6 +50,8 @@ ROUTING_SIZES = [
 
 MAX_REGISTERS = {
     "activation": 168,
+    "allreduce_one_shot": 128,
+    "allreduce_two_shot": 128,
     "finalize": 32,
     "permute_count": 32,
     "permute_place": 40,
@@ -135,6 +138,22 @@ def activation_specs() -> Iterator[Shipped]:
         yield Shipped(spec)
 
 
+def allreduce_specs(arch: str) -> Iterator[Shipped]:
+    """Yield the all-reduces of few and of many tokens, each with another format and dtype."""
+    max_cluster = 1 if arch in ("sm_80", "sm_89") else 8
+    configs = [kernels_comm.select_config(t, 7168, 132, max_cluster) for t in (1, 64, 128, 4096)]
+    inputs = (("rows", "bfloat16"), ("rows", "float16"), ("experts", "bfloat16"))
+    inputs += (("plain", "bfloat16"), ("plain", "float32"))
+    formats = list(kernels_comm.QUANTS)
+    for i, (config, ranks) in enumerate(itertools.product(configs, (1, 2, 4, 16))):
+        for j, quantize in enumerate(formats):
+            policy, dtype = inputs[(i + j) % len(inputs)]
+            spec = kernels_comm.allreduce_spec(
+                policy, dtype, "bfloat16", quantize, ranks, config, two_shot=ranks > 2 and j % 2 > 0
+            )
+            yield Shipped(spec)
+
+
 def epilogue_specs(arch: str) -> Iterator[Shipped]:
     """Yield the first GEMM of a layer with every activation but swiglu."""
     limit = smem_limit(arch)
@@ -194,7 +213,8 @@ def shipped(arch: str) -> list[Shipped]:
     """Return what can run on an architecture, each configuration once."""
     hopper = hopper_specs() if arch == tuning.SM90_ARCH else ()
     gemms = (*grouped_gemm_specs(arch), *epilogue_specs(arch), *hopper)
-    every = (*routing_specs(), *elementwise_specs(), *activation_specs(), *gemms)
+    small = (*routing_specs(), *elementwise_specs(), *activation_specs(), *allreduce_specs(arch))
+    every = (*small, *gemms)
     return list(dict.fromkeys(every))
 
 

@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     if (!first) {
       Wire residual[VECS], gamma[VECS], result[VECS];
       load_columns(residual, p, p.residual, token);
-      load_columns(gamma, p, p.norm_weight, 0);
+      if constexpr (kEarly) load_columns(gamma, p, p.norm_weight, 0);
 #pragma unroll
       for (int i = 0; i < VECS; ++i) {
         const int column = column_of(i);

@@ -42,7 +42,9 @@ class Call:
     config : tuple of int
         Blocks of a cluster, warps, vecs, clusters.
     zeros : float
-        Share of the values that are minus zero.
+        Share of the values that are zeros, of either sign.
+    cancel : bool
+        The second slot of a token is the first with the opposite weight.
     column_major : bool
         Of the scales.
     """
@@ -61,6 +63,7 @@ class Call:
     config: tuple[int, int, int, int] = (1, 2, 1, 2)
     two_shot: bool = False
     zeros: float = 0.0
+    cancel: bool = False
     column_major: bool = False
 
 
@@ -106,7 +109,8 @@ class _Group:
 
 def _values(host: Host, shape: Sequence[int], dtype: str, zeros: float) -> np.ndarray:
     x = host.rng.standard_normal(shape).astype(DTYPES[dtype])
-    x[host.rng.random(shape) < zeros] = -0.0
+    chosen = host.rng.random(shape) < zeros
+    x[chosen] = np.where(host.rng.random(shape) < 0.5, -0.0, 0.0)[chosen]
     return x
 
 
@@ -124,6 +128,8 @@ def _rank_inputs(host: Host, group: _Group, call: Call) -> dict[str, Any]:
         rows = _values(host, (count + 3, group.hidden), group.dtype, call.zeros)
         unused = np.setdiff1d(np.arange(count + 3), index)
         rows[unused] = np.nan
+        if call.cancel:
+            index[:, 1] = index[:, 0]
         given["permuted_idx"] = host.arena.array(index)
         weights_shape = index.shape
     else:
@@ -131,7 +137,10 @@ def _rank_inputs(host: Host, group: _Group, call: Call) -> dict[str, Any]:
         rows = _values(host, (*weights_shape, group.hidden), group.dtype, call.zeros)
     given["rows"] = host.arena.array(rows)
     if call.weights is not None:
-        given["weights"] = host.arena.array(_values(host, weights_shape, call.weights, call.zeros))
+        weights = _values(host, weights_shape, call.weights, call.zeros)
+        if call.cancel:
+            weights[:, 1] = -weights[:, 0]
+        given["weights"] = host.arena.array(weights)
     if call.shared:
         given["shared"] = host.arena.array(_values(host, shape, group.dtype, call.zeros))
     return given
@@ -240,6 +249,16 @@ MIXED = (
 
 ALLREDUCE_CASES = [
     Case("one rank", _calls(1, 264, Call(3, quantize="fp8_block"), Call(1, shared=False))),
+    Case(
+        "one rank, minus zeros",
+        _calls(
+            1, 72, Call(3, "plain", zeros=0.9, residual=False, norm=False), dtype=F16
+        ),
+    ),
+    Case(
+        "rows that cancel",
+        _calls(2, 264, Call(4, columns=2, cancel=True, shared=False, residual=False, norm=False)),
+    ),
     Case("two ranks, growing and shrinking", _calls(2, 264, *GROWING)),
     Case("three ranks", _calls(3, 504, Call(4), Call(2, quantize="fp8_token"), Call(3), Call(4))),
     Case(
