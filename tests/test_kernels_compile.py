@@ -23,7 +23,9 @@ from cumoe import (
     kernels,
     kernels_activation,
     kernels_comm,
+    kernels_quantize,
     kernels_sm90,
+    microscaling,
     tuning,
 )
 from cumoe.config import Activation
@@ -52,16 +54,21 @@ MAX_REGISTERS = {
     "activation": 168,
     "allreduce_one_shot": 128,
     "allreduce_two_shot": 128,
-    "finalize": 32,
+    "finalize": 56,
     "permute_count": 32,
     "permute_place": 40,
     "permute_scan": 48,
-    "quantize_fp8_block": 40,
-    "quantize_fp8_weights": 120,
+    "quantize_fp8_block": 72,
+    "quantize_fp8_tensor": 64,
+    "quantize_fp8_token": 64,
+    "quantize_fp8_ue8m0": 64,
+    "quantize_fp8_weights": 128,
+    "quantize_nvfp4": 80,
     "routing_topk": 160,
     "sm80_grouped_gemm": 255,
     "sm90_bf16_grouped_gemm": 168,
     "sm90_fp8_grouped_gemm": 168,
+    "tensor_amax": 56,
     "topk_expand": 24,
 }
 """Registers a thread may take: the most over all architectures with NVRTC 12.9, rounded up to a
@@ -93,7 +100,7 @@ def routing_specs() -> Iterator[Shipped]:
 
 
 def elementwise_specs() -> Iterator[Shipped]:
-    """Yield expansion, permutation, quantisation and finalize for all their dtypes."""
+    """Yield expansion, permutation and finalize for all their dtypes."""
     ids, scale = np.zeros((1, 2), np.int32), np.zeros((1, 2), F32)
     for given in (None, scale, scale.astype(BF16)):
         weights = scale.astype(BF16) if given is None else given
@@ -101,15 +108,28 @@ def elementwise_specs() -> Iterator[Shipped]:
     permutation = cumoe.group(ids, num_experts=8, tile=16)
     experts = dict.fromkeys(("num_experts", "num_shared", "expert_offset", "num_local_routed"), 8)
     yield from (Shipped(launch.spec) for launch in kernels.permute(ids, permutation, ids, experts))
-    codes = np.zeros((1, 1, 256), FP8)
-    for dtype in FLOATS:
-        x = np.zeros((1, 1, 256), DTYPES[dtype])
-        yield Shipped(kernels.quantize_fp8_block(x[0], codes[0], scale).spec)
-        yield Shipped(kernels.quantize_fp8_weights(x, codes, scale).spec)
     for rows, weights, out in itertools.product(FLOATS, ("float32", "bfloat16"), FLOATS):
         arrays = (np.zeros((1, 8), DTYPES[dtype]) for dtype in (rows, weights))
         launch = kernels.finalize(*arrays, ids, np.zeros((1, 8), DTYPES[out]))
         yield Shipped(launch.spec)
+
+
+def quantize_specs() -> Iterator[Shipped]:
+    """Yield the quantisers for all their dtypes and units."""
+    scale = np.zeros((1, 2), F32)
+    for dtype in FLOATS:
+        x = np.zeros((1, 1, 256), DTYPES[dtype])
+        yield Shipped(kernels_quantize.quantize_fp8_weights(x, x, scale).spec)
+        yield Shipped(kernels_quantize.tensor_amax(x, scale).spec)
+        for columns in (8, 2048, 2880, 7168, 70000):
+            yield Shipped(kernels_quantize.token_spec(dtype, columns))
+        for rows in (1, kernels_quantize.UNIT_ROWS[x.dtype.itemsize]):
+            yield Shipped(kernels_quantize.block_spec(dtype, rows))
+            yield Shipped(kernels_quantize.tensor_spec(dtype, rows))
+            for group_size in microscaling.GROUP_SIZES:
+                yield Shipped(kernels_quantize.ue8m0_spec(dtype, rows, group_size))
+            for layout in microscaling.SCALE_LAYOUTS:
+                yield Shipped(kernels_quantize.nvfp4_spec(dtype, rows, layout))
 
 
 def activation_specs() -> Iterator[Shipped]:
@@ -213,7 +233,8 @@ def shipped(arch: str) -> list[Shipped]:
     """Return what can run on an architecture, each configuration once."""
     hopper = hopper_specs() if arch == tuning.SM90_ARCH else ()
     gemms = (*grouped_gemm_specs(arch), *epilogue_specs(arch), *hopper)
-    small = (*routing_specs(), *elementwise_specs(), *activation_specs(), *allreduce_specs(arch))
+    small = (*routing_specs(), *elementwise_specs(), *quantize_specs(), *activation_specs())
+    small = (*small, *allreduce_specs(arch))
     every = (*small, *gemms)
     return list(dict.fromkeys(every))
 
