@@ -9,7 +9,7 @@
 // sum     of the parts by ascending rank, fp32; rounded to TYPE: sum_out
 // result  sum, or sum + residual in fp32, rounded to TYPE: result_out
 // norm    result * (1 / sqrt(mean of squares + eps)) * (weight_offset + norm_weight), rounded: norm_out
-// quant   of the norm, or of the result where there is none, by QUANT
+// quant   of the norm, or of the result where there is none, by QUANT: the bits of the quantize_*.cu
 //
 // NOTE: the squares are added in an order of their own, so that neither the shape of a launch nor the
 // protocol changes a bit: eight neighbours ascending, 32 of these by butterfly (a chunk of 256
@@ -163,12 +163,7 @@ __device__ __forceinline__ Wire result_of(const AllReduceParams& p, int64_t at, 
   return pack(sum);
 }
 
-__device__ __forceinline__ void store_codes(const AllReduceParams& p, int64_t at,
-                                            const float (&x)[8]) {
-  store_8<kE4m3>(p.quant_out, at, x);
-}
-
-/// Largest magnitude of eight values.
+/// Largest magnitude of eight values, NaN left out.
 __device__ __forceinline__ float largest(const float (&x)[8]) {
   float amax = 0.0f;
 #pragma unroll
@@ -176,41 +171,109 @@ __device__ __forceinline__ float largest(const float (&x)[8]) {
   return amax;
 }
 
+/// Largest value over the lanes that share a group of columns.
+template <int kLanes>
+__device__ __forceinline__ float group_max(float v) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    v = fmaxf(v, __shfl_xor_sync(kFullMask, v, offset));
+  }
+  return v;
+}
+
+/// One float a row, or a row and 128 columns (quantize_fp8_token.cu, quantize_fp8_block.cu).
+__device__ __forceinline__ void put_scale(const AllReduceParams& p, int token, int block,
+                                          float scale) {
+  static_cast<float*>(p.scale_out)[token * p.scale_row_stride + block * p.scale_block_stride] =
+      scale;
+}
+
+/// The byte of a group in column-major words (quantize_fp8_ue8m0.cu), and zeros for padding: bytes past the
+/// last group, and rows that fill up four, but for the last words.
+__device__ __forceinline__ void put_ue8m0(const AllReduceParams& p, int token, int group,
+                                          uint32_t scale) {
+  const int num_groups = p.hidden_size / kGroup;
+  uint8_t* word = static_cast<uint8_t*>(p.scale_out) + group / 4 * p.scale_block_stride * 4;
+  word[token * 4 + group % 4] = static_cast<uint8_t>(scale);
+  if (group + 1 == num_groups) {
+    for (int byte = num_groups; byte % 4; ++byte) word[token * 4 + byte % 4] = 0;
+  }
+  const bool last = group / 4 == (num_groups - 1) / 4;
+  if (token + 1 == p.num_tokens && !last) {
+    for (int row = p.num_tokens; row % 4; ++row) word[row * 4 + group % 4] = 0;
+  }
+}
+
+/// The byte of a group (quantize_nvfp4.cu), and, in tiles, zeros for padding: groups past the last one, and
+/// rows that fill up 128.
+__device__ __forceinline__ void put_nvfp4(const AllReduceParams& p, int token, int group,
+                                          uint32_t scale) {
+  uint8_t* scales = static_cast<uint8_t*>(p.scale_out);
+  const int num_groups = p.hidden_size / kFp4Group;
+  if constexpr (QUANT == kNvfp4) {
+    scales[static_cast<int64_t>(token) * num_groups + group] = static_cast<uint8_t>(scale);
+  } else {
+    const int width = ceil_div(num_groups, 4) * 4;
+    const int end = group + 1 == num_groups ? width : group + 1;
+    const int num_rows = ceil_div(p.num_tokens, 128) * 128;
+    // The padding rows are dealt out among the tokens.
+    for (int row = token; row < num_rows; row += p.num_tokens) {
+      for (int g = group; g < end; ++g) {
+        const bool real = row == token && g == group;
+        scales[scale_offset_128x4(row, g, width)] = static_cast<uint8_t>(real ? scale : 0);
+      }
+    }
+  }
+}
+
+/// Quantises eight values and stores them and, on one lane of a group, its scale. All lanes come here;
+/// columns that are not there hold zeros.
+__device__ __forceinline__ void quantise_8(const AllReduceParams& p, int token, int column,
+                                           float (&x)[8], const E4m3Divisor& divisor) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t at = static_cast<int64_t>(token) * p.hidden_size + column;
+  const bool inside = column < p.hidden_size;
+  if constexpr (QUANT == kNvfp4 || QUANT == kNvfp4Swizzled) {
+    bool has_nan;
+    const float amax = group_max<kFp4Group / 8>(fp4_amax(x, has_nan));
+    if (!inside) return;
+    const uint32_t scale = nvfp4_scale(amax, *p.quant_scale);
+    const float factor = nvfp4_factor(scale, *p.quant_scale);
+    static_cast<uint32_t*>(p.quant_out)[at / 8] = e2m1x8_from_f32(x, factor, true);
+    if (lane % (kFp4Group / 8) == 0) put_nvfp4(p, token, column / kFp4Group, scale);
+  } else {
+    if constexpr (QUANT == kFp8Ue8m0) {
+      const uint32_t scale = ue8m0_scale(group_max<kGroup / 8>(largest(x)));
+      const float reciprocal = ue8m0_reciprocal(scale);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) x[c] = __fmul_rn(x[c], reciprocal);
+      if (inside && lane % (kGroup / 8) == 0) put_ue8m0(p, token, column / kGroup, scale);
+    } else if constexpr (QUANT == kFp8Block) {
+      const float scale = divide_by_scale(x, half_warp_max(largest(x)));
+      if (inside && lane % 16 == 0) put_scale(p, token, column / kScaleBlock, scale);
+    } else {
+      divisor.divide(x);
+    }
+    if (inside) store_8<kE4m3>(p.quant_out, at, x);
+  }
+}
+
 /// Quantises the rounded values of a token; those of columns that are not there are zeros.
 __device__ __forceinline__ void quantise(const AllReduceParams& p, int token, float (&x)[VECS][8],
                                          Exchange& exchange, int& turn) {
-  const int64_t row_start = static_cast<int64_t>(token) * p.hidden_size;
-  float* scale_row = p.scale_out + token * p.scale_row_stride;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  float amax = 0.0f;
+  float scale = 1.0f;
+  if constexpr (QUANT == kFp8Tensor) scale = *p.quant_scale;
   if constexpr (QUANT == kFp8Token) {
     float of_chunk[VECS];
 #pragma unroll
-    for (int i = 0; i < VECS; ++i) of_chunk[i] = warp_max(largest(x[i]));
+    for (int i = 0; i < VECS; ++i) of_chunk[i] = group_max<32>(largest(x[i]));
     const int num_chunks = ceil_div(p.hidden_size, kChunk);
-    amax = fmaxf(over_token<false>(of_chunk, num_chunks, exchange, turn), kMinTokenAmax);
+    scale = e4m3_token_scale(over_token<false>(of_chunk, num_chunks, exchange, turn));
+    if (column_of(0) == 0) put_scale(p, token, 0, scale);
   }
+  const E4m3Divisor divisor(scale);
 #pragma unroll
-  for (int i = 0; i < VECS; ++i) {
-    const int column = column_of(i);
-    float scale = 0.0f;
-    if constexpr (QUANT == kFp8Tensor) {
-      const float inverse = __frcp_rn(*p.quant_scale);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) x[i][c] = __fmul_rn(x[i][c], inverse);
-    } else if constexpr (QUANT == kFp8Token) {
-      scale = divide_by_scale(x[i], amax);
-    } else if constexpr (QUANT == kFp8Block) {
-      scale = divide_by_scale(x[i], half_warp_max(largest(x[i])));
-    }
-    if (column >= p.hidden_size) continue;
-    store_codes(p, row_start + column, x[i]);
-    if constexpr (QUANT == kFp8Token) {
-      if (column == 0) *scale_row = scale;
-    } else if constexpr (QUANT == kFp8Block) {
-      if (lane % 16 == 0) scale_row[column / kScaleBlock * p.scale_block_stride] = scale;
-    }
-  }
+  for (int i = 0; i < VECS; ++i) quantise_8(p, token, column_of(i), x[i], divisor);
 }
 
 /// Loads the row of an array that may be null, at this thread's columns.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "exact.cuh"
+#include "fp4.cuh"
 #include "sync.cuh"
 #include "vec.cuh"
 #if CLUSTER > 1
@@ -12,11 +13,20 @@
 namespace cumoe {
 
 enum InputPolicy : int { kRows = 0, kExperts = 1, kPlain = 2 };
-enum QuantFormat : int { kNoQuant = 0, kFp8Tensor = 1, kFp8Token = 2, kFp8Block = 3 };
+enum QuantFormat : int {
+  kNoQuant = 0,
+  kFp8Tensor = 1,
+  kFp8Token = 2,
+  kFp8Block = 3,
+  kFp8Ue8m0 = 4,
+  kNvfp4 = 5,
+  kNvfp4Swizzled = 6
+};
 
 constexpr int kMaxRanks = 16;
-constexpr int kChunk = 32 * 8;   // columns
-constexpr int kMaxChunks = 256;  // of a token
+constexpr int kChunk = 32 * 8;                  // columns
+constexpr int kMaxChunks = 256;                 // of a token
+constexpr int kGroup = GROUP > 0 ? GROUP : 32;  // columns of a UE8M0 scale
 constexpr int kNumBuffers = 3;
 constexpr int kWarps = THREADS / 32;
 constexpr int kParts = kTypeBytes<TYPE> / 2;                     // 16-byte words of eight elements
@@ -25,7 +35,6 @@ constexpr int kMostPolled = __CUDA_ARCH__ >= 900 ? 4 : 2;        // more take to
 constexpr int kPolled = (VECS == 1 ? 8 : kMostPolled) / kParts;  // slots in flight
 constexpr bool kEarly = VECS == 1;           // norm_weight is loaded before the wait, not after it
 constexpr uint32_t kSentinel = 0x80000000u;  // see cumoe/comm/layout.py
-constexpr float kMinTokenAmax = 1.0f / 512.0f;  // the smallest e4m3 number
 
 static_assert(TYPE == kBf16 || TYPE == kF16 || TYPE == kF32, "no such wire");
 static_assert(INPUT == kPlain || TYPE != kF32, "the rows of experts have 16-bit elements");
@@ -44,8 +53,8 @@ struct AllReduceParams {
   void* result_out;
   void* norm_out;
   void* quant_out;
-  float* scale_out;
-  const float* quant_scale;  // (1,), kFp8Tensor only
+  void* scale_out;
+  const float* quant_scale;  // (1,): kFp8Tensor, or the global scale of kNvfp4
   int32_t* state;            // [0] buffer of this call, [1] blocks of it that have arrived
   uint8_t* buffers[kMaxRanks];
   int64_t buffer_bytes;
