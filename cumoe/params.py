@@ -12,7 +12,7 @@ import numpy as np
 from cumoe.launch import TENSOR_MAP, params_dtype
 
 
-def _struct(*fields: tuple[str, Any]) -> np.dtype:
+def _struct(*fields: tuple[Any, ...]) -> np.dtype:
     return params_dtype(fields)
 
 
