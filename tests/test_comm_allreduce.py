@@ -68,8 +68,8 @@ def exact(
     norm = z / np.sqrt(mean + e.eps) * weight
     # Half a unit in the last place of each part and of the result; the norm's factor moves by less
     # than a part in 2^8, and the norm is rounded itself.
-    moved = {"sum": 2.0**-9 * (sizes + np.abs(total)), "residual": 2.0**-9 * (sizes + np.abs(z))}
-    moved["norm"] = moved["residual"] * np.abs(norm / z) + np.abs(norm) * 1.5 * 2.0**-8
+    moved = {"sum": 2.0**-8 * (sizes + np.abs(total)), "residual": 2.0**-8 * (sizes + np.abs(z))}
+    moved["norm"] = moved["residual"] * np.abs(norm / z) + np.abs(norm) * 2.0**-7
     return {"sum": total, "residual": z, "norm": norm}, moved
 
 

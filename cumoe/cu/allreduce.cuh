@@ -28,7 +28,7 @@ namespace cumoe {
 // --------------------------------------------------------------------------------------------- part
 
 /// This rank's part of a token, as it goes over the wire.
-__device__ __forceinline__ void part_of(Wire (&mine)[VECS], const AllReduceParams& p, int token) {
+__device__ __forceinline__ void part_of(Wire (&mine)[VECS], const Params& p, int token) {
   const int64_t row_start = static_cast<int64_t>(token) * p.hidden_size;
   if constexpr (INPUT == kPlain) {
 #pragma unroll
@@ -156,7 +156,7 @@ __device__ __forceinline__ float over_token(const float (&of_chunk)[VECS], int n
 ///
 /// NOTE: it holds no sentinel, so that it may go over the wire: no sum is -0, and one of TYPE's numbers
 /// that is not 0 does not round to it.
-__device__ __forceinline__ Wire result_of(const AllReduceParams& p, int64_t at, float (&sum)[8],
+__device__ __forceinline__ Wire result_of(const Params& p, int64_t at, float (&sum)[8],
                                           const Wire& residual) {
   if (p.sum_out != nullptr) store_wire(p.sum_out, at, pack(sum));
   if (p.residual != nullptr) add(sum, residual);
@@ -182,16 +182,14 @@ __device__ __forceinline__ float group_max(float v) {
 }
 
 /// One float a row, or a row and 128 columns (quantize_fp8_token.cu, quantize_fp8_block.cu).
-__device__ __forceinline__ void put_scale(const AllReduceParams& p, int token, int block,
-                                          float scale) {
+__device__ __forceinline__ void put_scale(const Params& p, int token, int block, float scale) {
   static_cast<float*>(p.scale_out)[token * p.scale_row_stride + block * p.scale_block_stride] =
       scale;
 }
 
 /// The byte of a group in column-major words (quantize_fp8_ue8m0.cu), and zeros for padding: bytes past the
 /// last group, and rows that fill up four, but for the last words.
-__device__ __forceinline__ void put_ue8m0(const AllReduceParams& p, int token, int group,
-                                          uint32_t scale) {
+__device__ __forceinline__ void put_ue8m0(const Params& p, int token, int group, uint32_t scale) {
   const int num_groups = p.hidden_size / kGroup;
   uint8_t* word = static_cast<uint8_t*>(p.scale_out) + group / 4 * p.scale_block_stride * 4;
   word[token * 4 + group % 4] = static_cast<uint8_t>(scale);
@@ -206,8 +204,7 @@ __device__ __forceinline__ void put_ue8m0(const AllReduceParams& p, int token, i
 
 /// The byte of a group (quantize_nvfp4.cu), and, in tiles, zeros for padding: groups past the last one, and
 /// rows that fill up 128.
-__device__ __forceinline__ void put_nvfp4(const AllReduceParams& p, int token, int group,
-                                          uint32_t scale) {
+__device__ __forceinline__ void put_nvfp4(const Params& p, int token, int group, uint32_t scale) {
   uint8_t* scales = static_cast<uint8_t*>(p.scale_out);
   const int num_groups = p.hidden_size / kFp4Group;
   if constexpr (QUANT == kNvfp4) {
@@ -228,8 +225,8 @@ __device__ __forceinline__ void put_nvfp4(const AllReduceParams& p, int token, i
 
 /// Quantises eight values and stores them and, on one lane of a group, its scale. All lanes come here;
 /// columns that are not there hold zeros.
-__device__ __forceinline__ void quantise_8(const AllReduceParams& p, int token, int column,
-                                           float (&x)[8], const E4m3Divisor& divisor) {
+__device__ __forceinline__ void quantise_8(const Params& p, int token, int column, float (&x)[8],
+                                           const E4m3Divisor& divisor) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t at = static_cast<int64_t>(token) * p.hidden_size + column;
   const bool inside = column < p.hidden_size;
@@ -259,7 +256,7 @@ __device__ __forceinline__ void quantise_8(const AllReduceParams& p, int token, 
 }
 
 /// Quantises the rounded values of a token; those of columns that are not there are zeros.
-__device__ __forceinline__ void quantise(const AllReduceParams& p, int token, float (&x)[VECS][8],
+__device__ __forceinline__ void quantise(const Params& p, int token, float (&x)[VECS][8],
                                          Exchange& exchange, int& turn) {
   float scale = 1.0f;
   if constexpr (QUANT == kFp8Tensor) scale = *p.quant_scale;
@@ -277,8 +274,8 @@ __device__ __forceinline__ void quantise(const AllReduceParams& p, int token, fl
 }
 
 /// Loads the row of an array that may be null, at this thread's columns.
-__device__ __forceinline__ void load_columns(Wire (&w)[VECS], const AllReduceParams& p,
-                                             const void* base, int token) {
+__device__ __forceinline__ void load_columns(Wire (&w)[VECS], const Params& p, const void* base,
+                                             int token) {
 #pragma unroll
   for (int i = 0; i < VECS; ++i) {
     const int column = column_of(i);
@@ -290,9 +287,8 @@ __device__ __forceinline__ void load_columns(Wire (&w)[VECS], const AllReducePar
 
 /// Everything that follows the result of a token. `gamma` holds norm_weight at this thread's columns, if
 /// kEarly.
-__device__ __forceinline__ void finish(const AllReduceParams& p, int token,
-                                       const Wire (&result)[VECS], Wire (&gamma)[VECS],
-                                       Exchange& exchange, int& turn) {
+__device__ __forceinline__ void finish(const Params& p, int token, const Wire (&result)[VECS],
+                                       Wire (&gamma)[VECS], Exchange& exchange, int& turn) {
   if constexpr (!kEarly) load_columns(gamma, p, p.norm_weight, 0);
   const int64_t row_start = static_cast<int64_t>(token) * p.hidden_size;
   float x[VECS][8];

@@ -9,10 +9,9 @@
 //           the ranks never wait for each other in a circle.
 // smem      Exchange (2, 256) floats; the turn.
 #include "allreduce.cuh"
+#include "allreduce_wire.cuh"
 
 using namespace cumoe;
-
-using Params = AllReduceParams;
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     allreduce_one_shot(const __grid_constant__ Params p) {

@@ -11,10 +11,9 @@
 //           nothing, and phase 2 for their phase 1.
 // smem      Exchange (2, 256) floats; the turn.
 #include "allreduce.cuh"
+#include "allreduce_wire.cuh"
 
 using namespace cumoe;
-
-using Params = AllReduceParams;
 
 static_assert(RANKS > 1, "there are peers");
 

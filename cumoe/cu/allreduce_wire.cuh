@@ -41,7 +41,7 @@ static_assert(INPUT == kPlain || TYPE != kF32, "the rows of experts have 16-bit 
 static_assert(CLUSTER * kWarps * VECS <= kMaxChunks, "chunks that threads hold");
 static_assert(THREADS % 32 == 0 && 32 % kBatch == 0, "whole warps, and whole batches of slots");
 
-struct AllReduceParams {
+struct Params {
   const void* rows;             // (max_rows, hidden_size), (columns, num_tokens, hidden_size) or
                                 // (num_tokens, hidden_size)
   const void* weights;          // (num_tokens, columns), or (columns, num_tokens); null: ones
@@ -233,7 +233,7 @@ __device__ __forceinline__ void sum_of_ranks(float (&sum)[8], const Wire& mine, 
 // --------------------------------------------------------------------------------------------- turns
 
 /// Address in a rank's buffer of this call.
-__device__ __forceinline__ uint8_t* buffer_of(const AllReduceParams& p, int rank, int turn) {
+__device__ __forceinline__ uint8_t* buffer_of(const Params& p, int rank, int turn) {
   return p.buffers[rank] + turn * p.buffer_bytes;
 }
 
@@ -241,7 +241,7 @@ __device__ __forceinline__ uint8_t* buffer_of(const AllReduceParams& p, int rank
 __device__ __forceinline__ int slot_at(int peer, int rank) { return rank < peer ? rank : rank - 1; }
 
 /// One thread of each block, after it has read the turn: the last to come passes it on.
-__device__ __forceinline__ void pass_turn_on(const AllReduceParams& p, int turn) {
+__device__ __forceinline__ void pass_turn_on(const Params& p, int turn) {
   if (atomicAdd(p.state + 1, 1) == static_cast<int>(gridDim.x) - 1) {
     p.state[1] = 0;
     p.state[0] = turn + 1 == kNumBuffers ? 0 : turn + 1;
