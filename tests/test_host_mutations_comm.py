@@ -60,7 +60,7 @@ MUTATIONS = {
         case="three ranks",
     ),
     "allreduce: order of the ranks": Mutation(
-        WIRE, "if (kFirst + s == rank) add(sum, mine);", "", ONE_SHOT, case="three ranks"
+        WIRE, "if (first + s == rank) add(sum, mine);", "", ONE_SHOT, case="three ranks"
     ),
     "allreduce: the last rank": Mutation(
         WIRE, "if (rank == RANKS - 1) add(sum, mine);", "", ONE_SHOT, case="three ranks"

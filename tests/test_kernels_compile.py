@@ -166,7 +166,8 @@ def allreduce_specs(arch: str) -> Iterator[Shipped]:
     inputs += (("plain", "bfloat16"), ("plain", "float32"))
     formats = list(kernels_comm.QUANTS)
     for i, (config, ranks) in enumerate(itertools.product(configs, (1, 2, 4, 16))):
-        for j, quantize in enumerate(formats):
+        for j in (i, i + 3):
+            quantize = formats[-1 if i == 15 and j == i else j % len(formats)]
             policy, dtype = inputs[(i + j) % len(inputs)]
             spec = kernels_comm.allreduce_spec(
                 policy, dtype, "bfloat16", quantize, ranks, config, two_shot=ranks > 2 and j % 2 > 0

@@ -214,7 +214,9 @@ __device__ __forceinline__ void put_nvfp4(const Params& p, int token, int group,
     const int end = group + 1 == num_groups ? width : group + 1;
     const int num_rows = ceil_div(p.num_tokens, 128) * 128;
     // The padding rows are dealt out among the tokens.
+#pragma unroll 1
     for (int row = token; row < num_rows; row += p.num_tokens) {
+#pragma unroll 1
       for (int g = group; g < end; ++g) {
         const bool real = row == token && g == group;
         scales[scale_offset_128x4(row, g, width)] = static_cast<uint8_t>(real ? scale : 0);

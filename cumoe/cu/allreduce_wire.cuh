@@ -29,9 +29,10 @@ constexpr int kMaxChunks = 256;                 // of a token
 constexpr int kGroup = GROUP > 0 ? GROUP : 32;  // columns of a UE8M0 scale
 constexpr int kNumBuffers = 3;
 constexpr int kWarps = THREADS / 32;
-constexpr int kParts = kTypeBytes<TYPE> / 2;                     // 16-byte words of eight elements
-constexpr int kBatch = VECS > 2 ? 1 : 8 / VECS;                  // rows of experts in flight
-constexpr int kMostPolled = __CUDA_ARCH__ >= 900 ? 4 : 2;        // more take too many registers
+constexpr int kParts = kTypeBytes<TYPE> / 2;     // 16-byte words of eight elements
+constexpr int kBatch = VECS > 2 ? 1 : 8 / VECS;  // rows of experts in flight
+constexpr int kMostPolled =
+    __CUDA_ARCH__ >= 900 && RANKS <= 8 ? 4 : 2;                  // more take too many registers
 constexpr int kPolled = (VECS == 1 ? 8 : kMostPolled) / kParts;  // slots in flight
 constexpr bool kEarly = VECS == 1;           // norm_weight is loaded before the wait, not after it
 constexpr uint32_t kSentinel = 0x80000000u;  // see cumoe/comm/layout.py
@@ -202,20 +203,16 @@ __device__ __forceinline__ void add(float (&sum)[8], const Wire& w) {
   for (int c = 0; c < 8; ++c) sum[c] = __fadd_rn(sum[c], x[c]);
 }
 
-/// Adds the slots from `kFirst` on, as many of them in flight as registers allow.
-template <int kFirst>
+/// Adds kCount slots from slot `first` on, all in flight together.
+template <int kCount>
 __device__ __forceinline__ void add_slots(float (&sum)[8], const Wire& mine, uint8_t* slots,
-                                          int64_t slot_bytes, int rank) {
-  constexpr int kLeft = RANKS - 1 - kFirst, kCount = kLeft < kPolled ? kLeft : kPolled;
-  if constexpr (kCount > 0) {
-    Wire peers[kCount];
-    receive(peers, slots + kFirst * slot_bytes, slot_bytes);
+                                          int64_t slot_bytes, int rank, int first) {
+  Wire peers[kCount];
+  receive(peers, slots + first * slot_bytes, slot_bytes);
 #pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-      if (kFirst + s == rank) add(sum, mine);
-      add(sum, peers[s]);
-    }
-    add_slots<kFirst + kCount>(sum, mine, slots, slot_bytes, rank);
+  for (int s = 0; s < kCount; ++s) {
+    if (first + s == rank) add(sum, mine);
+    add(sum, peers[s]);
   }
 }
 
@@ -226,7 +223,17 @@ __device__ __forceinline__ void sum_of_ranks(float (&sum)[8], const Wire& mine, 
   // NOTE: from zero on, so no sum is -0, which the result may not be on the wire.
 #pragma unroll
   for (int c = 0; c < 8; ++c) sum[c] = 0.0f;
-  add_slots<0>(sum, mine, slots, slot_bytes, rank);
+  constexpr int kSlots = RANKS - 1, kCount = kSlots < kPolled ? kSlots : kPolled;
+  if constexpr (kCount > 0) {
+    constexpr int kRest = kSlots % kCount;
+#pragma unroll 1
+    for (int first = 0; first < kSlots - kRest; first += kCount) {
+      add_slots<kCount>(sum, mine, slots, slot_bytes, rank, first);
+    }
+    if constexpr (kRest > 0) {
+      add_slots<kRest>(sum, mine, slots, slot_bytes, rank, kSlots - kRest);
+    }
+  }
   if (rank == RANKS - 1) add(sum, mine);
 }
 
