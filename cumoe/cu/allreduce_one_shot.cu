@@ -4,9 +4,9 @@
 //
 // Grid      persistent clusters of CLUSTER blocks, one token each at a time: no more than are resident
 //           together. A cluster sends its next token before it waits for the peers' parts of this one.
-// Waits     only for words of peers in the own buffer. A peer sends token t before it waits for any
-//           token after t - gridDim / CLUSTER, and the ranks' clusters take tokens in one order, so
-//           the ranks never wait for each other in a circle.
+// Waits     only for words of peers in the own buffer. Clusters take tokens in ascending order and send
+//           each before they wait for the one before it. So the lowest token that some rank has not
+//           finished has been sent by all, also where the grids of ranks differ: no circle of waits.
 // smem      Exchange (2, 256) floats; the turn.
 #include "allreduce.cuh"
 #include "allreduce_wire.cuh"

@@ -223,16 +223,14 @@ __device__ __forceinline__ void sum_of_ranks(float (&sum)[8], const Wire& mine, 
   // NOTE: from zero on, so no sum is -0, which the result may not be on the wire.
 #pragma unroll
   for (int c = 0; c < 8; ++c) sum[c] = 0.0f;
-  constexpr int kSlots = RANKS - 1, kCount = kSlots < kPolled ? kSlots : kPolled;
-  if constexpr (kCount > 0) {
-    constexpr int kRest = kSlots % kCount;
+  constexpr int kSlots = RANKS - 1, kFew = kSlots < kPolled ? kSlots : kPolled;
+  constexpr int kCount = kFew > 0 ? kFew : 1, kRest = kSlots % kCount;
 #pragma unroll 1
-    for (int first = 0; first < kSlots - kRest; first += kCount) {
-      add_slots<kCount>(sum, mine, slots, slot_bytes, rank, first);
-    }
-    if constexpr (kRest > 0) {
-      add_slots<kRest>(sum, mine, slots, slot_bytes, rank, kSlots - kRest);
-    }
+  for (int first = 0; first < kSlots - kRest; first += kCount) {
+    add_slots<kCount>(sum, mine, slots, slot_bytes, rank, first);
+  }
+  if constexpr (kRest > 0) {
+    add_slots<kRest>(sum, mine, slots, slot_bytes, rank, kSlots - kRest);
   }
   if (rank == RANKS - 1) add(sum, mine);
 }
