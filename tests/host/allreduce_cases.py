@@ -329,7 +329,7 @@ ALLREDUCE_CASES = [
             2, 1152,
             Call(5, quantize="fp8_ue8m0", group=128, config=(2, 3, 1, 2)),
             Call(3, quantize="fp8_ue8m0", group=32, config=(1, 3, 2, 2)),
-            Call(4, "plain", quantize="nvfp4_swizzled", config=(5, 1, 1, 2), zeros=0.9),
+            Call(4, "plain", quantize="nvfp4_swizzled", config=(5, 1, 1, 1), zeros=0.9),
         ),
     ),
     Case(
