@@ -29,8 +29,10 @@ constexpr int kMaxChunks = 256;                 // of a token
 constexpr int kGroup = GROUP > 0 ? GROUP : 32;  // columns of a UE8M0 scale
 constexpr int kNumBuffers = 3;
 constexpr int kWarps = THREADS / 32;
-constexpr int kParts = kTypeBytes<TYPE> / 2;     // 16-byte words of eight elements
-constexpr int kBatch = VECS > 2 ? 1 : 8 / VECS;  // rows of experts in flight
+constexpr int kParts = kTypeBytes<TYPE> / 2;  // 16-byte words of eight elements
+constexpr int kBatch = VECS > 2                          ? 1
+                       : __CUDA_ARCH__ < 900 && VECS > 1 ? 2
+                                                         : 8 / VECS;  // rows in flight
 constexpr int kMostPolled =
     __CUDA_ARCH__ >= 900 && RANKS <= 8 ? 4 : 2;                  // more take too many registers
 constexpr int kPolled = (VECS == 1 ? 8 : kMostPolled) / kParts;  // slots in flight
