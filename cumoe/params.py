@@ -12,7 +12,7 @@ import numpy as np
 from cumoe.launch import TENSOR_MAP, params_dtype
 
 
-def _struct(*fields: tuple[str, Any]) -> np.dtype:
+def _struct(*fields: tuple[Any, ...]) -> np.dtype:
     return params_dtype(fields)
 
 
@@ -48,6 +48,15 @@ _SM90_GROUPED_GEMM = _struct(
     *_fields(_I32, "n k_bytes tile num_column_tiles w_scale_rows first_half"),
     *_fields(_I32, "first_scale_row second_scale_row block_major"),
     ("activation", _ACTIVATION),
+)
+
+_ALLREDUCE = _struct(
+    *_fields(_POINTER, "rows weights permuted_idx shared residual norm_weight"),
+    *_fields(_POINTER, "sum_out result_out norm_out quant_out scale_out quant_scale state"),
+    ("buffers", _I64, (16,)),  # addresses; a tensor map would be 16 of uint64
+    *_fields(_I64, "buffer_bytes slot_bytes results_offset scale_row_stride scale_block_stride"),
+    *_fields(_I32, "num_tokens hidden_size columns rank"),
+    *_fields(_F32, "routed_scaling_factor eps weight_offset"),
 )
 
 PARAMS: dict[str, np.dtype] = {
@@ -118,6 +127,8 @@ PARAMS: dict[str, np.dtype] = {
     "finalize": _struct(
         *_fields(_POINTER, "rows weights permuted_idx out"), *_fields(_I32, "columns hidden_size")
     ),
+    "allreduce_one_shot": _ALLREDUCE,
+    "allreduce_two_shot": _ALLREDUCE,
     "sm80_grouped_gemm": _struct(
         *_fields(_POINTER, "a a_scale b b_scale out out_scale"),
         *_fields(_POINTER, "token_idx tile_expert tile_row_end num_tiles"),

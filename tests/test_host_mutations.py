@@ -357,9 +357,8 @@ def _compiler() -> None:
     loader.require()
 
 
-@pytest.mark.parametrize("name", MUTATIONS, ids=lambda n: n.replace(" ", "_"))
-def test_caught(name):
-    mutation = MUTATIONS[name]
+def assert_caught(mutation: Mutation) -> None:
+    """Fail unless a case of the kernel notices the mutation."""
     changed = {mutation.file: mutation.apply()}
     table = cases.CASES[mutation.kernel or mutation.file.removesuffix(".cu")]
     chosen = [case for case in table if mutation.case in ("", case.name)]
@@ -372,3 +371,8 @@ def test_caught(name):
                 print(f"caught by {case.name!r}, seed {seed}: {str(error).splitlines()[0]}")
                 return
     pytest.fail(f"not caught in {len(chosen)} cases")
+
+
+@pytest.mark.parametrize("name", MUTATIONS, ids=lambda n: n.replace(" ", "_"))
+def test_caught(name):
+    assert_caught(MUTATIONS[name])

@@ -21,6 +21,7 @@ from cumoe import (
     formulas,
     kernels,
     kernels_activation,
+    kernels_comm,
     kernels_quantize,
     kernels_routing,
     kernels_sm90,
@@ -52,6 +53,8 @@ ROUTING_SIZES = [
 
 MAX_REGISTERS = {
     "activation": 168,
+    "allreduce_one_shot": 128,
+    "allreduce_two_shot": 128,
     "finalize": 56,
     "permute_place": 64,
     "quantize_fp8_block": 72,
@@ -165,6 +168,23 @@ def activation_specs() -> Iterator[Shipped]:
         yield Shipped(spec)
 
 
+def allreduce_specs(arch: str) -> Iterator[Shipped]:
+    """Yield the all-reduces of few and of many tokens, each with another format and dtype."""
+    max_cluster = 1 if arch in ("sm_80", "sm_89") else 8
+    configs = [kernels_comm.select_config(t, 7168, 132, max_cluster) for t in (1, 64, 128, 4096)]
+    inputs = (("rows", "bfloat16"), ("rows", "float16"), ("experts", "bfloat16"))
+    inputs += (("plain", "bfloat16"), ("plain", "float32"))
+    formats = list(kernels_comm.QUANTS)
+    for i, (config, ranks) in enumerate(itertools.product(configs, (1, 2, 4, 16))):
+        for j in (i, i + 3):
+            quantize = formats[-1 if i == 15 and j == i else j % len(formats)]
+            policy, dtype = inputs[(i + j) % len(inputs)]
+            spec = kernels_comm.allreduce_spec(
+                policy, dtype, "bfloat16", quantize, ranks, config, two_shot=ranks > 2 and j % 2 > 0
+            )
+            yield Shipped(spec)
+
+
 def epilogue_specs(arch: str) -> Iterator[Shipped]:
     """Yield the first GEMM of a layer with every activation but swiglu."""
     limit = smem_limit(arch)
@@ -225,6 +245,7 @@ def shipped(arch: str) -> list[Shipped]:
     hopper = hopper_specs() if arch == tuning.SM90_ARCH else ()
     gemms = (*grouped_gemm_specs(arch), *epilogue_specs(arch), *hopper)
     small = (*routing_specs(arch), *elementwise_specs(), *quantize_specs(), *activation_specs())
+    small = (*small, *allreduce_specs(arch))
     every = (*small, *gemms)
     return list(dict.fromkeys(every))
 

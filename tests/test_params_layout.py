@@ -72,7 +72,8 @@ def test_fields(name: str) -> None:
     definition = re.compile(r"^struct Params \{\n(.*?)^\};", re.MULTILINE | re.DOTALL)
     (struct,) = [body for text in texts for body in definition.findall(text)]
     declarations = re.sub(r"//.*", "", struct).split(";")
-    names = [re.split(r"[\s*]+", line.strip())[-1] for line in declarations if line.strip()]
+    bare = [re.sub(r"\[\w+\]", "", line).strip() for line in declarations]
+    names = [re.split(r"[\s*]+", line)[-1] for line in bare if line]
     assert tuple(names) == PARAMS[name].names
 
 

@@ -37,6 +37,7 @@ LAYERS = (
         "microscaling",
         "kernels",
         "kernels_activation",
+        "kernels_comm",
         "kernels_quantize",
         "kernels_routing",
         "kernels_sm90",

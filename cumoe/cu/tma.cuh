@@ -168,6 +168,12 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+/// Stores to shared memory of a block of the cluster, named by mapa; cluster_sync makes it visible (PTX
+/// ISA, "st").
+__device__ __forceinline__ void st_cluster_f32(uint32_t remote, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+}
+
 /// Barrier over all threads of the cluster (PTX ISA, "barrier.cluster").
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::

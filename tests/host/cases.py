@@ -8,6 +8,7 @@ are small and awkward.
 from __future__ import annotations
 
 from tests.host.activation_cases import ACTIVATION_CASES
+from tests.host.allreduce_cases import ALLREDUCE_CASES, TWO_SHOT_CASES
 from tests.host.checks import BF16, F16, F32, Case, Host, check
 from tests.host.finalize_cases import FINALIZE_CASES
 from tests.host.gemm_cases import GEMM90_BF16_CASES, GEMM90_FP8_CASES, GEMM_CASES
@@ -24,6 +25,8 @@ CASES: dict[str, list[Case]] = {
     **QUANTIZE_CASES,
     "activation": ACTIVATION_CASES,
     "finalize": FINALIZE_CASES,
+    "allreduce_one_shot": ALLREDUCE_CASES,
+    "allreduce_two_shot": TWO_SHOT_CASES,
     "sm80_grouped_gemm": GEMM_CASES,
     "sm90_bf16_grouped_gemm": GEMM90_BF16_CASES,
     "sm90_fp8_grouped_gemm": GEMM90_FP8_CASES,

@@ -14,7 +14,7 @@ from cumoe.arrays import DTYPES, FP8
 from cumoe.config import Activation, Permutation
 from cumoe.reference import permutation as twin_permutation
 from tests.helpers import TOLERANCES, relative_errors
-from tests.host.loader import HostOptions, run, run_together
+from tests.host.loader import HostOptions, run, run_streams, run_together
 from tests.host.memory import Arena
 
 SMEM_LIMIT = 227 << 10
@@ -40,6 +40,10 @@ class Host:
     def run_together(self, *launches: kernels.Launch) -> None:
         """Run launches at the same time: the ranks of a multi-GPU kernel."""
         run_together(launches, self.options)
+
+    def run_streams(self, streams: Sequence[Sequence[kernels.Launch]]) -> None:
+        """Run streams at the same time: several calls of each rank."""
+        run_streams(streams, self.options)
 
     def empty(self, shape: Sequence[int], dtype: str) -> np.ndarray:
         """Return an array of poison."""

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 #include "internal.h"
 
@@ -100,13 +101,14 @@ struct OneProcessor {
 struct Queue {
   const Grid* grid;
   std::vector<Job> jobs;
-  unsigned resident;  // blocks that may be alive
+  unsigned resident;              // blocks that may be alive
+  const Queue* before = nullptr;  // of the same stream: it ends first
   size_t started = 0, ended = 0;
   uint64_t first_turn = 0;  // before which no block starts
   unsigned pace = 1;        // of its blocks' turns one in so many is taken
 
   bool may_start() const {
-    return started < jobs.size() &&
+    return started < jobs.size() && (!before || before->ended == before->jobs.size()) &&
            started - ended + jobs[started].cluster->blocks.size() <= resident;
   }
 };
@@ -120,7 +122,7 @@ std::string all_waiting(const std::vector<Queue>& queues, const std::vector<Work
       text += "\n" + grid_text(q.grid, static_cast<unsigned>(g)) +
               str(": %zu of %zu blocks have ended", q.ended, q.jobs.size());
     }
-    if (q.started < q.jobs.size()) {
+    if (q.started < q.jobs.size() && (!q.before || q.before->ended == q.before->jobs.size())) {
       text += "\n" + grid_text(q.grid, static_cast<unsigned>(g)) +
               str(": %zu of %zu blocks have not started, because %u are resident at a time",
                   q.jobs.size() - q.started, q.jobs.size(), q.resident);
@@ -129,17 +131,22 @@ std::string all_waiting(const std::vector<Queue>& queues, const std::vector<Work
   return text;
 }
 
-/// Grids at the same time, some blocks of each, in random turns. Some seeds start a grid late and
-/// let one grid crawl, as ranks of a job do.
+/// Streams at the same time, some blocks of each, in random turns. Some seeds start a grid late and
+/// let one stream crawl, as ranks of a job do.
 void run_together(std::vector<Queue>& queues) {
   const OneProcessor pinned;
-  size_t num_workers = 0;
+  size_t num_workers = 0, of_stream = 0;
   const bool skewed = queues.size() > 1;
   for (Queue& q : queues) {
-    num_workers += std::min<size_t>(q.resident, q.jobs.size());
+    if (!q.before) num_workers += std::exchange(of_stream, 0);
+    of_stream = std::max(of_stream, std::min<size_t>(q.resident, q.jobs.size()));
     if (skewed && rng.below(2)) q.first_turn = rng.below(400);
   }
-  if (skewed && rng.below(2)) queues[rng.below(static_cast<uint32_t>(queues.size()))].pace = 16;
+  num_workers += of_stream;
+  if (skewed && rng.below(2)) {
+    const int slow = queues[rng.below(static_cast<uint32_t>(queues.size()))].grid->stream;
+    for (Queue& q : queues) q.pace = q.grid->stream == slow ? 16 : 1;
+  }
   std::vector<Worker> workers(num_workers);
   for (Worker& w : workers) {
     sem_init(&w.go, 0, 0);
@@ -271,6 +278,7 @@ extern "C" int cumoe_host_run(const Grid* grids, int num_grids, int resident, ui
   std::vector<Params> params(static_cast<size_t>(num_grids));
   std::vector<std::unique_ptr<Cluster>> clusters;
   std::vector<Queue> queues;
+  queues.reserve(params.size());
   for (unsigned g = 0; g < params.size(); ++g) {
     const std::string reason = refusal(grids[g]);
     if (!reason.empty()) {
@@ -278,8 +286,10 @@ extern "C" int cumoe_host_run(const Grid* grids, int num_grids, int resident, ui
       return 1;
     }
     memcpy(params[g].bytes, grids[g].params, grids[g].kernel->params_bytes);
+    const bool first = g == 0 || grids[g].stream != grids[g - 1].stream;
     const unsigned at_a_time = resident > 0 ? static_cast<unsigned>(resident) : ~0u;
     queues.push_back(queue_of(grids[g], g, params[g].bytes, at_a_time, clusters));
+    if (!first) queues[g].before = &queues[g - 1];
   }
   run.max_polls = 4000000;
   for (const Queue& q : queues) {

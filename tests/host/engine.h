@@ -142,12 +142,13 @@ struct Grid {
   const void* params;
   Dim3 grid, block, cluster;
   size_t smem_bytes;
+  int stream;  // grids of one stream run in the order in which they are given
 };
 
 }  // namespace cumoe_host
 
 extern "C" {
-/// Runs grids together, `resident` blocks of each at a time (0: all). A single grid with 1 runs its blocks one
+/// Runs grids together, those of one stream in turn, `resident` blocks of each at a time (0: all). A single grid with 1 runs its blocks one
 /// after the other. A thread that runs for `seconds` of processor time without an event is an error.
 /// Returns 0, or 1 with a message.
 int cumoe_host_run(const cumoe_host::Grid* grids, int num_grids, int resident, uint64_t seed,

@@ -94,6 +94,7 @@ class _Grid(ctypes.Structure):
         ("block", _Dim3),
         ("cluster", _Dim3),
         ("smem_bytes", ctypes.c_size_t),
+        ("stream", ctypes.c_int),
     ]
 
 
@@ -396,7 +397,7 @@ def run(launches: Sequence[kernels.Launch], options: HostOptions | None = None) 
     """
     options = options or HostOptions()
     for launch in launches:
-        _run([launch], options, options.resident or 1)
+        _run([[launch]], options, options.resident or 1)
 
 
 def run_together(launches: Sequence[kernels.Launch], options: HostOptions | None = None) -> None:
@@ -410,13 +411,25 @@ def run_together(launches: Sequence[kernels.Launch], options: HostOptions | None
     HostError
         With kernel, grid, block, thread and source line, also where all that is left waits.
     """
+    run_streams([[launch] for launch in launches], options)
+
+
+def run_streams(
+    streams: Sequence[Sequence[kernels.Launch]], options: HostOptions | None = None
+) -> None:
+    """Run streams of launches at the same time: each launch when the one before it has ended.
+
+    As :func:`run_together`; in messages, ``grid`` counts the launches of all streams.
+    """
     options = options or HostOptions()
-    _run(launches, options, options.resident or 0)
+    _run(streams, options, options.resident or 0)
 
 
-def _run(launches: Sequence[kernels.Launch], options: HostOptions, resident: int) -> None:
+def _run(streams: Sequence[Sequence[kernels.Launch]], options: HostOptions, resident: int) -> None:
+    launches = [(i, launch) for i, stream in enumerate(streams) for launch in stream]
     grids = (_Grid * len(launches))()
-    for grid, launch in zip(grids, launches, strict=True):
+    for grid, (stream, launch) in zip(grids, launches, strict=True):
+        grid.stream = stream
         path = library_path(
             launch.spec, launch.params.dtype, arch=options.arch, changed=options.changed
         )

@@ -110,6 +110,13 @@ inline void cp_async_bulk_wait_group(CUMOE_SITE) {
 
 inline uint32_t cluster_rank() { return cumoe_host::cluster_rank(); }
 
+inline void st_cluster_f32(uint32_t remote, float value, CUMOE_SITE) {
+  const uint32_t rank = remote >> 24;
+  if (rank == 0) cumoe_host::fail(site, "st.shared::cluster to 0x%x: not named by mapa", remote);
+  memcpy(cumoe_host::cluster_pointer(remote & 0xffffffu, rank - 1, 4, site), &value, 4);
+  cumoe_host::yield(site);
+}
+
 inline void cluster_sync(CUMOE_SITE) { cumoe_host::cluster_barrier(site); }
 
 /// The wait is the whole barrier, so an arrival never lets another block past its wait too early.
