@@ -30,7 +30,7 @@ from bench.peers import take_rows
 from bench.record import Row
 from cumoe import Quantized
 from cumoe.config import Array
-from cumoe.quantize import dequantize
+from cumoe.dequantize import dequantize
 
 CUBLAS_BOUND = 2.0
 """Largest error in bfloat16, as a multiple of cuBLAS' on the same rows and weights."""

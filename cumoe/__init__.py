@@ -18,11 +18,20 @@ from cumoe.config import (
     TopK,
 )
 from cumoe.custom_activation import custom_activation
+from cumoe.dequantize import dequantize
 from cumoe.finalize import finalize, finalize_parts
 from cumoe.grouped_gemm import grouped_gemm
+from cumoe.microscaling import QuantizedNVFP4, QuantizedUE8M0
 from cumoe.moe import MoELayer, moe, routed_moe
 from cumoe.permutation import group
-from cumoe.quantize import dequantize, quantize_fp8_block, quantize_fp8_block_weights
+from cumoe.quantize import (
+    quantize_fp8_block,
+    quantize_fp8_block_weights,
+    quantize_fp8_tensor,
+    quantize_fp8_token,
+    quantize_fp8_ue8m0,
+    quantize_nvfp4,
+)
 from cumoe.routing import pack, route, unpack
 from cumoe.weights import ExpertWeights
 
@@ -37,6 +46,8 @@ __all__ = [
     "PackedTopK",
     "Permutation",
     "Quantized",
+    "QuantizedNVFP4",
+    "QuantizedUE8M0",
     "Routing",
     "RoutingMethod",
     "TopK",
@@ -53,6 +64,10 @@ __all__ = [
     "pack",
     "quantize_fp8_block",
     "quantize_fp8_block_weights",
+    "quantize_fp8_tensor",
+    "quantize_fp8_token",
+    "quantize_fp8_ue8m0",
+    "quantize_nvfp4",
     "route",
     "routed_moe",
     "tuning",

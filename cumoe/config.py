@@ -24,6 +24,7 @@ Array = Any
 MAX_NUM_EXPERTS = 2048
 MAX_TOP_K = 32
 MAX_SHARED_EXPERTS = 32
+FP8_BLOCKS = ((1, 128), (128, 128), (1, None), (None, None))
 
 
 class RoutingMethod(str, Enum):
@@ -400,27 +401,26 @@ class Quantized:
         ``float8_e4m3fn`` on NumPy; ``uint8`` holding the same bits on CuPy. Activations are
         ``(num_tokens, hidden_size)``, weights ``(num_experts, n, k)``.
     scale : array, float32
-        One value per block; the last block of a row or column may be partial. For activations
+        One value per block; the last block of a row or column may be partial. For (1, 128)
         ``(num_tokens, ceil(hidden_size / 128))`` in row- or column-major order, so FlashInfer's
-        ``(hidden_size / 128, num_tokens)`` array is passed as its transpose.
+        ``(hidden_size / 128, num_tokens)`` is passed as its transpose; (T, 1) per token, else (1,).
     dtype : str
-        What the bytes of `values` are.
-    block : (int, int)
-        Rows and columns of a block: ``(1, 128)`` for activations, ``(128, 128)`` for weights.
+    block : (int or None, int or None)
+        Rows and columns of a block, None for all: (1, 128), (128, 128), (1, None), (None, None).
     """
 
     values: Array
     scale: Array
     dtype: str = "float8_e4m3fn"
-    block: tuple[int, int] = (1, 128)
+    block: tuple[int | None, int | None] = (1, 128)
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("float8_e4m3fn",))
         if self.values is None or self.scale is None:
             missing = "values" if self.values is None else "scale"
             raise ValueError(f"Quantized.{missing}: expected an array, got None")
-        if tuple(self.block) not in ((1, 128), (128, 128)):
-            raise ValueError(f"block: expected (1, 128) or (128, 128), got {self.block}")
+        if tuple(self.block) not in FP8_BLOCKS:
+            raise ValueError(f"block: expected one of {list(FP8_BLOCKS)}, got {self.block}")
         object.__setattr__(self, "block", tuple(self.block))
 
 

@@ -264,44 +264,6 @@ def permute(
     return [count, scan, place]
 
 
-def quantize_fp8_block(x: Array, values: Array, scale: Array) -> Launch:
-    """Launch for 1 x 128 quantisation of a 2-D array."""
-    num_rows, num_columns = x.shape
-    units = num_rows * blocks(num_columns)
-    row_stride, block_stride = scale_strides(scale)
-    return make(
-        KernelSpec("quantize_fp8_block", (("INPUT_TYPE", TYPES[dtype_name(x)]),)),
-        (-(-units // 16), 1, 1),
-        256,
-        x=x,
-        values=values,
-        scale=scale,
-        scale_row_stride=row_stride,
-        scale_block_stride=block_stride,
-        num_rows=num_rows,
-        num_columns=num_columns,
-        num_blocks=blocks(num_columns),
-    )
-
-
-def quantize_fp8_weights(w: Array, values: Array, scale: Array) -> Launch:
-    """Launch for 128 x 128 quantisation of (num_experts, n, k) matrices."""
-    num_experts, n, k = w.shape
-    return make(
-        KernelSpec("quantize_fp8_weights", (("INPUT_TYPE", TYPES[dtype_name(w)]),)),
-        (blocks(k), blocks(n), num_experts),
-        256,
-        w=w,
-        values=values,
-        scale=scale,
-        input_expert_stride=n * k,
-        values_expert_stride=n * k,
-        scale_expert_stride=blocks(n) * blocks(k),
-        n=n,
-        k=k,
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class GemmOperand:
     """A grouped GEMM's weight as the kernel addresses it.
@@ -424,8 +386,8 @@ def finalize(rows: Array, weights: Array, permuted_idx: Array, out: Array) -> La
     )
     return make(
         spec,
-        (num_tokens, -(-hidden_size // (256 * 8)), 1),
-        256,
+        (num_tokens, -(-hidden_size // (128 * 8)), 1),
+        128,
         rows=rows,
         weights=weights,
         permuted_idx=permuted_idx,

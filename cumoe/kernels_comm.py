@@ -16,7 +16,15 @@ from cumoe.launch import KernelSpec
 INPUTS = {"rows": 0, "experts": 1, "plain": 2}
 """InputPolicy of allreduce.cuh."""
 
-QUANTS = {None: 0, "fp8_tensor": 1, "fp8_token": 2, "fp8_block": 3}
+QUANTS = {
+    None: 0,
+    "fp8_tensor": 1,
+    "fp8_token": 2,
+    "fp8_block": 3,
+    "fp8_ue8m0": 4,
+    "nvfp4": 5,
+    "nvfp4_swizzled": 6,
+}
 """QuantFormat of allreduce.cuh."""
 
 CHUNK = 256  # kChunk
@@ -149,7 +157,9 @@ class Tokens:
     eps, weight_offset : float
     quantize : str or None
     quant_scale : array or None
-        Of ``"fp8_tensor"``.
+        Of ``"fp8_tensor"`` and nvfp4.
+    group_size : int
+        Of ``"fp8_ue8m0"``.
     sum_out, result_out, norm_out, quant_out, scale_out : array or None
         `result_out` is the sum, with the residual if there is one; `sum_out` the one without.
     """
@@ -166,6 +176,7 @@ class Tokens:
     weight_offset: float = 0.0
     quantize: str | None = None
     quant_scale: Array | None = None
+    group_size: int = 0
     sum_out: Array | None = None
     result_out: Array | None = None
     norm_out: Array | None = None
@@ -198,6 +209,7 @@ def allreduce_spec(
     ranks: int,
     config: AllReduceConfig,
     *,
+    group_size: int = 0,
     two_shot: bool = False,
 ) -> KernelSpec:
     """Return the kernel of a policy, its dtypes, a format and a number of ranks."""
@@ -208,6 +220,7 @@ def allreduce_spec(
             ("TYPE", TYPES[dtype]),
             ("WEIGHTS_TYPE", TYPES[weights_dtype or "float32"]),
             ("QUANT", QUANTS[quantize]),
+            ("GROUP", group_size),
             ("RANKS", ranks),
             ("THREADS", config.threads),
             ("VECS", config.vecs),
@@ -228,7 +241,14 @@ def allreduce(
     assert config.cluster * config.warps * config.vecs * CHUNK >= t.hidden_size, config
     weights_dtype = None if t.weights is None else dtype_name(t.weights)
     spec = allreduce_spec(
-        t.policy, dtype_name(t.rows), weights_dtype, t.quantize, ranks, config, two_shot=two_shot
+        t.policy,
+        dtype_name(t.rows),
+        weights_dtype,
+        t.quantize,
+        ranks,
+        config,
+        group_size=t.group_size,
+        two_shot=two_shot,
     )
     columns = {"rows": 1, "experts": 0}.get(t.policy)
     slots = t.rows if t.permuted_idx is None else t.permuted_idx

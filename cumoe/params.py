@@ -12,7 +12,7 @@ import numpy as np
 from cumoe.launch import TENSOR_MAP, params_dtype
 
 
-def _struct(*fields: tuple[str, Any]) -> np.dtype:
+def _struct(*fields: tuple[Any, ...]) -> np.dtype:
     return params_dtype(fields)
 
 
@@ -83,6 +83,29 @@ PARAMS: dict[str, np.dtype] = {
         *_fields(_POINTER, "x values scale"),
         *_fields(_I64, "scale_row_stride scale_block_stride num_rows"),
         *_fields(_I32, "num_columns num_blocks"),
+    ),
+    "quantize_fp8_ue8m0": _struct(
+        *_fields(_POINTER, "x values scale"),
+        *_fields(_I64, "word_stride num_rows"),
+        *_fields(_I32, "num_columns num_words"),
+    ),
+    "quantize_fp8_token": _struct(
+        *_fields(_POINTER, "x values scale"),
+        ("num_rows", _I64),
+        *_fields(_I32, "num_columns num_pieces"),
+    ),
+    "quantize_fp8_tensor": _struct(
+        *_fields(_POINTER, "x values scale partials"),
+        ("num_elems", _I64),
+        *_fields(_I32, "num_partials unused_"),
+    ),
+    "quantize_nvfp4": _struct(
+        *_fields(_POINTER, "x values scale global_scale partials"),
+        *_fields(_I64, "num_rows scale_rows"),
+        *_fields(_I32, "num_columns scale_groups num_partials"),
+    ),
+    "tensor_amax": _struct(
+        *_fields(_POINTER, "x partials"), *_fields(_I64, "num_elems num_chunks")
     ),
     "quantize_fp8_weights": _struct(
         *_fields(_POINTER, "w values scale"),

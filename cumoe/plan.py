@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cumoe import kernels
+from cumoe import kernels, kernels_quantize
 from cumoe.arrays import DTYPES, FP8, address, dtype_name
 from cumoe.config import Activation, Array, ExpertParts
 from cumoe.grouped_gemm import gemm_spec, plan_gemm
@@ -132,7 +132,7 @@ class DevicePlan:
         x, x_scale = call.x, call.x_scale
         if spec.fp8 and x_scale is None:
             x, x_scale = arrays["xq"], arrays["xq_scale"]
-            item = kernels.quantize_fp8_block(call.x, x, x_scale)
+            item = kernels_quantize.quantize_fp8_block(call.x, x, x_scale)
             self._bind("x", item, "x")
             self.stages["quantize"] = [item]
         if p.max_tiles == 0:

@@ -174,7 +174,7 @@ def check_quantized_out(
     scale_shape: tuple[int, ...],
     inputs: dict[str, Array | None],
     *,
-    block: tuple[int, int] = (1, 128),
+    block: tuple[int | None, int | None] = (1, 128),
 ) -> Quantized:
     """Return a caller's fp8 output as native memory; only scales of activations may be strided."""
     check_type("out", out, Quantized, "a Quantized for float8_e4m3fn")

@@ -336,7 +336,7 @@ CASES += refusals(
 
 CASES += refusals(
     "dequantize",
-    (TYPE, "q: expected a Quantized, got list", dict(q=[1.0])),
+    (TYPE, "q: expected a Quantized, QuantizedUE8M0 or QuantizedNVFP4, got list", dict(q=[1.0])),
     (VALUE, r"q.scale: expected shape \(6, 2\), got \(6, 1\)", dict(q__scale=zeros(T, 1))),
     (TYPE, "q.values: expected dtype float8_e4m3fn, got float32",
      dict(q__values=of_dtype("float32"))),

@@ -5,44 +5,16 @@ A mutation whose line is no longer in the source fails here: it must move with t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
-from cumoe.launch import KERNEL_DIR
 from tests.host import cases, loader
+from tests.host.mutations import BARRIER, Mutation
+from tests.host.quantize_mutations import QUANTIZE_MUTATIONS
 
 MAX_SEEDS = 12
 
 
-@dataclass(frozen=True)
-class Mutation:
-    """`old` becomes `new` in a file, at its `nth` occurrence; the kernel's cases must notice.
-
-    A line moves when `moved` names the text before which it is put instead.
-    """
-
-    file: str
-    old: str
-    new: str
-    kernel: str = ""
-    case: str = ""  # the one case to run; by default all until one fails
-    nth: int = 0
-    moved: str = ""
-
-    def apply(self) -> str:
-        """Return the changed text."""
-        parts = (KERNEL_DIR / self.file).read_text().split(self.old)
-        assert len(parts) > self.nth + 1, f"{self.file}: {self.old!r} does not occur"
-        head, tail = parts[: self.nth + 1], parts[self.nth + 1 :]
-        text = self.old.join(head) + self.new + self.old.join(tail)
-        if self.moved:
-            assert text.count(self.moved) == 1, f"{self.file}: {self.moved!r} is not there once"
-            text = text.replace(self.moved, f"{self.old} {self.moved}")
-        return text
-
-
-BARRIER, WARP_SYNC = "__syncthreads();", "__syncwarp();"
+WARP_SYNC = "__syncwarp();"
 GEMM, SM90 = "sm80_grouped_gemm.cu", "sm90_grouped.cuh"
 FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_bf16_grouped_gemm"
 SM90_FP8, SM90_BF16 = f"{FP8}.cu", f"{BF16}.cu"
@@ -57,6 +29,7 @@ SHORT = "one block, several tiles, short k"
 IDLE = "clusters, a block without rows"
 
 MUTATIONS = {
+    **QUANTIZE_MUTATIONS,
     # Removed block barriers, every one there is.
     "count: barrier after zeroing": Mutation("permute_count.cu", BARRIER, "", case="tails"),
     "count: barrier before the store": Mutation(
@@ -83,10 +56,6 @@ MUTATIONS = {
         "routing_topk.cu", WARP_SYNC, "", case="deepseek_v3 odd groups", nth=2
     ),
     # Dropped tail checks.
-    "block: rows": Mutation("quantize_fp8_block.cu", "row < p.num_rows && ", "", case="tails"),
-    "block: columns": Mutation(
-        "quantize_fp8_block.cu", " && column < p.num_columns", "", case="tails"
-    ),
     "weights: rows": Mutation(
         "quantize_fp8_weights.cu", "row < p.n && column < p.k", "column < p.k", case="tails"
     ),
@@ -143,7 +112,7 @@ MUTATIONS = {
         case="exact, from float32",
     ),
     "activation: tiny scales": Mutation(
-        "e4m3.cuh", "amax < 1.0f ? 0x1p64f : 0x1p-64f", "1.0f", "activation", case="midpoints"
+        "e4m3.cuh", "scale < 1.0f ? 0x1p64f : 0x1p-64f", "1.0f", "activation", case="midpoints"
     ),
     "activation: quotient": Mutation(
         "e4m3.cuh", "return __fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q);", "return q;",
@@ -428,8 +397,8 @@ MUTATIONS = {
     ),
     "finalize: fused": Mutation(
         "finalize.cu",
-        "__fadd_rn(sum[i], __fmul_rn(weight[k], x[i]))",
-        "__fmaf_rn(weight[k], x[i], sum[i])",
+        "__fadd_rn(sum[c], __fmul_rn(weight[k], x[c]))",
+        "__fmaf_rn(weight[k], x[c], sum[c])",
     ),
 }  # fmt: skip
 
@@ -439,9 +408,8 @@ def _compiler() -> None:
     loader.require()
 
 
-@pytest.mark.parametrize("name", MUTATIONS, ids=lambda n: n.replace(" ", "_"))
-def test_caught(name):
-    mutation = MUTATIONS[name]
+def assert_caught(mutation: Mutation) -> None:
+    """Fail unless a case of the kernel notices the mutation."""
     changed = {mutation.file: mutation.apply()}
     table = cases.CASES[mutation.kernel or mutation.file.removesuffix(".cu")]
     chosen = [case for case in table if mutation.case in ("", case.name)]
@@ -454,3 +422,8 @@ def test_caught(name):
                 print(f"caught by {case.name!r}, seed {seed}: {str(error).splitlines()[0]}")
                 return
     pytest.fail(f"not caught in {len(chosen)} cases")
+
+
+@pytest.mark.parametrize("name", MUTATIONS, ids=lambda n: n.replace(" ", "_"))
+def test_caught(name):
+    assert_caught(MUTATIONS[name])

@@ -22,7 +22,10 @@ from cumoe import (
     formulas,
     kernels,
     kernels_activation,
+    kernels_comm,
+    kernels_quantize,
     kernels_sm90,
+    microscaling,
     tuning,
 )
 from cumoe.config import Activation
@@ -49,16 +52,23 @@ ROUTING_SIZES = [
 
 MAX_REGISTERS = {
     "activation": 168,
-    "finalize": 32,
+    "allreduce_one_shot": 128,
+    "allreduce_two_shot": 128,
+    "finalize": 56,
     "permute_count": 32,
     "permute_place": 40,
     "permute_scan": 48,
-    "quantize_fp8_block": 40,
-    "quantize_fp8_weights": 120,
+    "quantize_fp8_block": 72,
+    "quantize_fp8_tensor": 64,
+    "quantize_fp8_token": 64,
+    "quantize_fp8_ue8m0": 64,
+    "quantize_fp8_weights": 128,
+    "quantize_nvfp4": 80,
     "routing_topk": 160,
     "sm80_grouped_gemm": 255,
     "sm90_bf16_grouped_gemm": 168,
     "sm90_fp8_grouped_gemm": 168,
+    "tensor_amax": 56,
     "topk_expand": 24,
 }
 """Registers a thread may take: the most over all architectures with NVRTC 12.9, rounded up to a
@@ -90,7 +100,7 @@ def routing_specs() -> Iterator[Shipped]:
 
 
 def elementwise_specs() -> Iterator[Shipped]:
-    """Yield expansion, permutation, quantisation and finalize for all their dtypes."""
+    """Yield expansion, permutation and finalize for all their dtypes."""
     ids, scale = np.zeros((1, 2), np.int32), np.zeros((1, 2), F32)
     for given in (None, scale, scale.astype(BF16)):
         weights = scale.astype(BF16) if given is None else given
@@ -98,15 +108,28 @@ def elementwise_specs() -> Iterator[Shipped]:
     permutation = cumoe.group(ids, num_experts=8, tile=16)
     experts = dict.fromkeys(("num_experts", "num_shared", "expert_offset", "num_local_routed"), 8)
     yield from (Shipped(launch.spec) for launch in kernels.permute(ids, permutation, ids, experts))
-    codes = np.zeros((1, 1, 256), FP8)
-    for dtype in FLOATS:
-        x = np.zeros((1, 1, 256), DTYPES[dtype])
-        yield Shipped(kernels.quantize_fp8_block(x[0], codes[0], scale).spec)
-        yield Shipped(kernels.quantize_fp8_weights(x, codes, scale).spec)
     for rows, weights, out in itertools.product(FLOATS, ("float32", "bfloat16"), FLOATS):
         arrays = (np.zeros((1, 8), DTYPES[dtype]) for dtype in (rows, weights))
         launch = kernels.finalize(*arrays, ids, np.zeros((1, 8), DTYPES[out]))
         yield Shipped(launch.spec)
+
+
+def quantize_specs() -> Iterator[Shipped]:
+    """Yield the quantisers for all their dtypes and units."""
+    scale = np.zeros((1, 2), F32)
+    for dtype in FLOATS:
+        x = np.zeros((1, 1, 256), DTYPES[dtype])
+        yield Shipped(kernels_quantize.quantize_fp8_weights(x, x, scale).spec)
+        yield Shipped(kernels_quantize.tensor_amax(x, scale).spec)
+        for columns in (8, 2048, 2880, 7168, 70000):
+            yield Shipped(kernels_quantize.token_spec(dtype, columns))
+        for rows in (1, kernels_quantize.UNIT_ROWS[x.dtype.itemsize]):
+            yield Shipped(kernels_quantize.block_spec(dtype, rows))
+            yield Shipped(kernels_quantize.tensor_spec(dtype, rows))
+            for group_size in microscaling.GROUP_SIZES:
+                yield Shipped(kernels_quantize.ue8m0_spec(dtype, rows, group_size))
+            for layout in microscaling.SCALE_LAYOUTS:
+                yield Shipped(kernels_quantize.nvfp4_spec(dtype, rows, layout))
 
 
 def activation_specs() -> Iterator[Shipped]:
@@ -133,6 +156,22 @@ def activation_specs() -> Iterator[Shipped]:
             rows=rows,
         )
         yield Shipped(spec)
+
+
+def allreduce_specs(arch: str) -> Iterator[Shipped]:
+    """Yield the all-reduces of few and of many tokens, each with another format and dtype."""
+    max_cluster = 1 if arch in ("sm_80", "sm_89") else 8
+    configs = [kernels_comm.select_config(t, 7168, 132, max_cluster) for t in (1, 64, 128, 4096)]
+    inputs = (("rows", "bfloat16"), ("rows", "float16"), ("experts", "bfloat16"))
+    inputs += (("plain", "bfloat16"), ("plain", "float32"))
+    formats = list(kernels_comm.QUANTS)
+    for i, (config, ranks) in enumerate(itertools.product(configs, (1, 2, 4, 16))):
+        for j, quantize in enumerate(formats):
+            policy, dtype = inputs[(i + j) % len(inputs)]
+            spec = kernels_comm.allreduce_spec(
+                policy, dtype, "bfloat16", quantize, ranks, config, two_shot=ranks > 2 and j % 2 > 0
+            )
+            yield Shipped(spec)
 
 
 def epilogue_specs(arch: str) -> Iterator[Shipped]:
@@ -194,7 +233,9 @@ def shipped(arch: str) -> list[Shipped]:
     """Return what can run on an architecture, each configuration once."""
     hopper = hopper_specs() if arch == tuning.SM90_ARCH else ()
     gemms = (*grouped_gemm_specs(arch), *epilogue_specs(arch), *hopper)
-    every = (*routing_specs(), *elementwise_specs(), *activation_specs(), *gemms)
+    small = (*routing_specs(), *elementwise_specs(), *quantize_specs(), *activation_specs())
+    small = (*small, *allreduce_specs(arch))
+    every = (*small, *gemms)
     return list(dict.fromkeys(every))
 
 

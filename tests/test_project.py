@@ -31,10 +31,19 @@ LAYERS = (
     {"compat", "comm"},
     {"moe", "plan", "layer_call"},
     {"routing", "permutation", "grouped_gemm", "activation", "finalize", "quantize"}
-    | {"custom_activation"},
+    | {"custom_activation", "dequantize"},
     {"weights", "checkpoint", "layouts", "arrays", "config", "tuning", "models", "validate"}
-    | {"kernels", "kernels_activation", "kernels_comm", "kernels_sm90"}
-    | {"params", "reference", "formulas"},
+    | {
+        "microscaling",
+        "kernels",
+        "kernels_activation",
+        "kernels_comm",
+        "kernels_quantize",
+        "kernels_sm90",
+        "params",
+        "reference",
+        "formulas",
+    },
     {"launch"},
 )
 """Names in cumoe from the top down (``""`` is ``cumoe/__init__.py``): imports go down or sideways.

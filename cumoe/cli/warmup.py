@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cumoe import kernels, launch
+from cumoe import kernels, kernels_quantize, launch
 from cumoe.arrays import DTYPES, FP8
 from cumoe.cli.console import CommandError, facts, make_console, quantity, seconds
 from cumoe.config import Array, ExpertShard
@@ -232,9 +232,9 @@ def _rows_specs(fp8: bool) -> list[KernelSpec]:
         weights = _empty((1, 1), dtype)
         specs.append(kernels.finalize(rows, weights, index, rows).spec)
     if fp8:
-        values, scale = _empty((1, 128), FP8), _empty((1, 1), "float32")
-        specs.append(kernels.quantize_fp8_block(rows, values, scale).spec)
+        units = (1, kernels_quantize.UNIT_ROWS[2])
+        specs += [kernels_quantize.block_spec("bfloat16", count) for count in units]
         for dtype in ("bfloat16", "float32"):
             w, scale = _empty((1, 1, 128), dtype), _empty((1, 1, 1), "float32")
-            specs.append(kernels.quantize_fp8_weights(w, _empty(w.shape, FP8), scale).spec)
+            specs.append(kernels_quantize.quantize_fp8_weights(w, _empty(w.shape, FP8), scale).spec)
     return specs

@@ -5,11 +5,11 @@
 //           kRows     sum over k ascending, where permuted_idx[t, k] >= 0, of weight[t, k] * rows[idx]
 //           kExperts  sum over e ascending of weight[e, t] * rows[e, t]
 //         times routed_scaling_factor, plus shared[t]; or, kPlain, rows[t].
-//         Rounded once, to TYPE, for the wire; minus zero becomes zero.
+//         Rounded once, to TYPE, for the wire; the sign of a zero is lost.
 // sum     of the parts by ascending rank, fp32; rounded to TYPE: sum_out
 // result  sum, or sum + residual in fp32, rounded to TYPE: result_out
 // norm    result * (1 / sqrt(mean of squares + eps)) * (weight_offset + norm_weight), rounded: norm_out
-// quant   of the norm, or of the result where there is none, by QUANT
+// quant   of the norm, or of the result where there is none, by QUANT: the bits of the quantize_*.cu
 //
 // NOTE: the squares are added in an order of their own, so that neither the shape of a launch nor the
 // protocol changes a bit: eight neighbours ascending, 32 of these by butterfly (a chunk of 256
@@ -21,228 +21,14 @@
 //           BLOCKS_PER_SM
 #pragma once
 
-#include "exact.cuh"
-#include "sync.cuh"
-#include "vec.cuh"
-#if CLUSTER > 1
-#include "tma.cuh"
-#endif
+#include "allreduce_wire.cuh"
 
 namespace cumoe {
-
-enum InputPolicy : int { kRows = 0, kExperts = 1, kPlain = 2 };
-enum QuantFormat : int { kNoQuant = 0, kFp8Tensor = 1, kFp8Token = 2, kFp8Block = 3 };
-
-constexpr int kMaxRanks = 16;
-constexpr int kChunk = 32 * 8;   // columns
-constexpr int kMaxChunks = 256;  // of a token
-constexpr int kNumBuffers = 3;
-constexpr int kWarps = THREADS / 32;
-constexpr int kParts = kTypeBytes<TYPE> / 2;     // 16-byte words of eight elements
-constexpr int kBatch = VECS > 2 ? 1 : 8 / VECS;  // rows of experts in flight
-constexpr int kPolled = 8 / kParts;              // slots in flight
-constexpr uint32_t kSentinel = 0x80000000u;      // see cumoe/comm/layout.py
-constexpr float kMinTokenAmax = 1.0f / 512.0f;   // the smallest e4m3 number
-
-static_assert(TYPE == kBf16 || TYPE == kF16 || TYPE == kF32, "no such wire");
-static_assert(INPUT == kPlain || TYPE != kF32, "the rows of experts have 16-bit elements");
-static_assert(THREADS % 32 == 0 && 32 % kBatch == 0, "whole warps, and whole batches of slots");
-
-struct AllReduceParams {
-  const void* rows;             // (max_rows, hidden_size), (columns, num_tokens, hidden_size) or
-                                // (num_tokens, hidden_size)
-  const void* weights;          // (num_tokens, columns), or (columns, num_tokens); null: ones
-  const int32_t* permuted_idx;  // (num_tokens, columns); kRows only
-  const void* shared;           // (num_tokens, hidden_size) or null, as all below
-  const void* residual;
-  const void* norm_weight;  // (hidden_size,)
-  void* sum_out;
-  void* result_out;
-  void* norm_out;
-  void* quant_out;
-  float* scale_out;
-  const float* quant_scale;  // (1,), kFp8Tensor only
-  int32_t* state;            // [0] buffer of this call, [1] blocks of it that have arrived
-  uint8_t* buffers[kMaxRanks];
-  int64_t buffer_bytes;
-  int64_t slot_bytes;      // of a peer: its rows, or its rows of the tokens this rank reduces
-  int64_t results_offset;  // of the reduced rows in a buffer
-  int64_t scale_row_stride;
-  int64_t scale_block_stride;
-  int32_t num_tokens;   // at least 1
-  int32_t hidden_size;  // a multiple of 8, at most kMaxChunks * kChunk
-  int32_t columns;      // top_k or experts
-  int32_t rank;
-  float routed_scaling_factor;
-  float eps;
-  float weight_offset;
-};
-
-/// Eight elements of TYPE.
-struct Wire {
-  uint4 part[kParts];
-};
-
-// ------------------------------------------------------------------------------------------- columns
-
-/// Chunk `i` of this warp.
-__device__ __forceinline__ int chunk_of(int i) {
-#if CLUSTER > 1
-  const int block = static_cast<int>(ptx::cluster_rank());
-#else
-  constexpr int block = 0;
-#endif
-  return (i * CLUSTER + block) * kWarps + static_cast<int>(threadIdx.x) / 32;
-}
-
-/// First of the eight columns `i` of this thread; not below hidden_size if it has none.
-__device__ __forceinline__ int column_of(int i) {
-  return chunk_of(i) * kChunk + static_cast<int>(threadIdx.x) % 32 * 8;
-}
-
-__device__ __forceinline__ Wire load_wire(const void* base, int64_t index) {
-  const uint4* from =
-      reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(base) + index * kTypeBytes<TYPE>);
-  Wire w;
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) w.part[i] = from[i];
-  return w;
-}
-
-__device__ __forceinline__ void store_wire(void* base, int64_t index, const Wire& w) {
-  uint4* to = reinterpret_cast<uint4*>(static_cast<uint8_t*>(base) + index * kTypeBytes<TYPE>);
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) to[i] = w.part[i];
-}
-
-__device__ __forceinline__ void unpack(float (&x)[8], const Wire& w) {
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    const uint32_t words[4] = {w.part[i].x, w.part[i].y, w.part[i].z, w.part[i].w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if constexpr (TYPE == kF32) {
-        x[4 * i + j] = __uint_as_float(words[j]);
-      } else {
-        unpack_pair<TYPE>(x[2 * j], x[2 * j + 1], words[j]);
-      }
-    }
-  }
-}
-
-__device__ __forceinline__ Wire pack(const float (&x)[8]) {
-  Wire w;
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    uint32_t words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if constexpr (TYPE == kF32) {
-        words[j] = __float_as_uint(x[4 * i + j]);
-      } else {
-        words[j] = pack_pair<TYPE>(x[2 * j], x[2 * j + 1]);
-      }
-    }
-    w.part[i] = make_uint4(words[0], words[1], words[2], words[3]);
-  }
-  return w;
-}
-
-// ---------------------------------------------------------------------------------------------- wire
-
-__device__ __forceinline__ uint32_t without_minus_zero(uint32_t word) {
-  if constexpr (TYPE == kF32) return word == kSentinel ? 0u : word;
-  if ((word & 0xffffu) == 0x8000u) word &= 0xffff0000u;
-  if ((word & 0xffff0000u) == 0x80000000u) word &= 0xffffu;
-  return word;
-}
-
-__device__ __forceinline__ void remove_minus_zeros(Wire& w) {
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    uint4& v = w.part[i];
-    v.x = without_minus_zero(v.x), v.y = without_minus_zero(v.y);
-    v.z = without_minus_zero(v.z), v.w = without_minus_zero(v.w);
-  }
-}
-
-/// Stores to a peer's buffer.
-__device__ __forceinline__ void send(uint8_t* to, const Wire& w) {
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    ptx::st_relaxed_sys_v4(reinterpret_cast<uint4*>(to) + i, w.part[i]);
-  }
-}
-
-/// Waits for `kCount` words of 16 or 32 bytes in the own buffer, `stride` bytes apart, and clears them.
-///
-/// NOTE: every word of 32 bits is compared, since they come one by one. A thread's store of the sentinel
-/// follows its load of the same word, which is all the order that is needed in this call; before the
-/// next call's words come, this kernel has ended.
-template <int kCount>
-__device__ __forceinline__ void receive(Wire (&w)[kCount], uint8_t* from, int64_t stride) {
-  bool here;
-  do {
-    here = true;
-#pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        const uint4 v =
-            ptx::ld_relaxed_sys_v4(reinterpret_cast<const uint4*>(from + s * stride) + i);
-        here &= v.x != kSentinel && v.y != kSentinel && v.z != kSentinel && v.w != kSentinel;
-        w[s].part[i] = v;
-      }
-    }
-  } while (!here);
-  Wire empty;
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    empty.part[i] = make_uint4(kSentinel, kSentinel, kSentinel, kSentinel);
-  }
-#pragma unroll
-  for (int s = 0; s < kCount; ++s) send(from + s * stride, empty);
-}
-
-__device__ __forceinline__ void add(float (&sum)[8], const Wire& w) {
-  float x[8];
-  unpack(x, w);
-#pragma unroll
-  for (int c = 0; c < 8; ++c) sum[c] = __fadd_rn(sum[c], x[c]);
-}
-
-/// Adds the slots from `kFirst` on, as many of them in flight as registers allow.
-template <int kFirst>
-__device__ __forceinline__ void add_slots(float (&sum)[8], const Wire& mine, uint8_t* slots,
-                                          int64_t slot_bytes, int rank) {
-  constexpr int kLeft = RANKS - 1 - kFirst, kCount = kLeft < kPolled ? kLeft : kPolled;
-  if constexpr (kCount > 0) {
-    Wire peers[kCount];
-    receive(peers, slots + kFirst * slot_bytes, slot_bytes);
-#pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-      if (kFirst + s == rank) add(sum, mine);
-      add(sum, peers[s]);
-    }
-    add_slots<kFirst + kCount>(sum, mine, slots, slot_bytes, rank);
-  }
-}
-
-/// Sum of the parts of all ranks, by ascending rank; waits for those of the peers. Slot s holds peer s,
-/// or, from the own rank on, peer s + 1.
-__device__ __forceinline__ void sum_of_ranks(float (&sum)[8], const Wire& mine, uint8_t* slots,
-                                             int64_t slot_bytes, int rank) {
-  // Parts have no minus zero, so the first is not changed by zero.
-#pragma unroll
-  for (int c = 0; c < 8; ++c) sum[c] = 0.0f;
-  add_slots<0>(sum, mine, slots, slot_bytes, rank);
-  if (rank == RANKS - 1) add(sum, mine);
-}
 
 // --------------------------------------------------------------------------------------------- part
 
 /// This rank's part of a token, as it goes over the wire.
-__device__ __forceinline__ void part_of(Wire (&mine)[VECS], const AllReduceParams& p, int token) {
+__device__ __forceinline__ void part_of(Wire (&mine)[VECS], const Params& p, int token) {
   const int64_t row_start = static_cast<int64_t>(token) * p.hidden_size;
   if constexpr (INPUT == kPlain) {
 #pragma unroll
@@ -310,7 +96,7 @@ __device__ __forceinline__ void part_of(Wire (&mine)[VECS], const AllReduceParam
     }
   }
 #pragma unroll
-  for (int i = 0; i < VECS; ++i) remove_minus_zeros(mine[i]);
+  for (int i = 0; i < VECS; ++i) remove_sentinels(mine[i]);
 }
 
 // ------------------------------------------------------------------------------------- after the sum
@@ -356,7 +142,7 @@ __device__ __forceinline__ float over_token(const float (&of_chunk)[VECS], int n
   turn ^= 1;
 #pragma unroll
   for (int i = 0; i < VECS; ++i) {
-    if (chunk_of(i) < num_chunks) put_chunk(values, chunk_of(i), of_chunk[i]);
+    put_chunk(values, chunk_of(i), of_chunk[i]);
   }
   sync_blocks();
   float v = 0.0f;
@@ -368,21 +154,16 @@ __device__ __forceinline__ float over_token(const float (&of_chunk)[VECS], int n
 
 /// sum_out, and the result as it is rounded.
 ///
-/// NOTE: it holds no minus zero, so that it may go over the wire: parts have none, a sum of two numbers
-/// is -0 only if both are, and one of TYPE's own numbers that is not 0 does not round to it.
-__device__ __forceinline__ Wire result_of(const AllReduceParams& p, int64_t at, float (&sum)[8],
+/// NOTE: it holds no sentinel, so that it may go over the wire: no sum is -0, and one of TYPE's numbers
+/// that is not 0 does not round to it.
+__device__ __forceinline__ Wire result_of(const Params& p, int64_t at, float (&sum)[8],
                                           const Wire& residual) {
   if (p.sum_out != nullptr) store_wire(p.sum_out, at, pack(sum));
   if (p.residual != nullptr) add(sum, residual);
   return pack(sum);
 }
 
-__device__ __forceinline__ void store_codes(const AllReduceParams& p, int64_t at,
-                                            const float (&x)[8]) {
-  store_8<kE4m3>(p.quant_out, at, x);
-}
-
-/// Largest magnitude of eight values.
+/// Largest magnitude of eight values, NaN left out.
 __device__ __forceinline__ float largest(const float (&x)[8]) {
   float amax = 0.0f;
 #pragma unroll
@@ -390,47 +171,125 @@ __device__ __forceinline__ float largest(const float (&x)[8]) {
   return amax;
 }
 
-/// Quantises the rounded values of a token; those of columns that are not there are zeros.
-__device__ __forceinline__ void quantise(const AllReduceParams& p, int token, float (&x)[VECS][8],
-                                         Exchange& exchange, int& turn) {
-  const int64_t row_start = static_cast<int64_t>(token) * p.hidden_size;
-  float* scale_row = p.scale_out + token * p.scale_row_stride;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  float amax = 0.0f;
-  if constexpr (QUANT == kFp8Token) {
-    float of_chunk[VECS];
+/// Largest value over the lanes that share a group of columns.
+template <int kLanes>
+__device__ __forceinline__ float group_max(float v) {
 #pragma unroll
-    for (int i = 0; i < VECS; ++i) of_chunk[i] = warp_max(largest(x[i]));
-    const int num_chunks = ceil_div(p.hidden_size, kChunk);
-    amax = fmaxf(over_token<false>(of_chunk, num_chunks, exchange, turn), kMinTokenAmax);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    v = fmaxf(v, __shfl_xor_sync(kFullMask, v, offset));
   }
-#pragma unroll
-  for (int i = 0; i < VECS; ++i) {
-    const int column = column_of(i);
-    float scale = 0.0f;
-    if constexpr (QUANT == kFp8Tensor) {
-      const float inverse = __frcp_rn(*p.quant_scale);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) x[i][c] = __fmul_rn(x[i][c], inverse);
-    } else if constexpr (QUANT == kFp8Token) {
-      scale = divide_by_scale(x[i], amax);
-    } else if constexpr (QUANT == kFp8Block) {
-      scale = divide_by_scale(x[i], half_warp_max(largest(x[i])));
-    }
-    if (column >= p.hidden_size) continue;
-    store_codes(p, row_start + column, x[i]);
-    if constexpr (QUANT == kFp8Token) {
-      if (column == 0) *scale_row = scale;
-    } else if constexpr (QUANT == kFp8Block) {
-      if (lane % 16 == 0) scale_row[column / kScaleBlock * p.scale_block_stride] = scale;
+  return v;
+}
+
+/// One float a row, or a row and 128 columns (quantize_fp8_token.cu, quantize_fp8_block.cu).
+__device__ __forceinline__ void put_scale(const Params& p, int token, int block, float scale) {
+  static_cast<float*>(p.scale_out)[token * p.scale_row_stride + block * p.scale_block_stride] =
+      scale;
+}
+
+/// The byte of a group in column-major words (quantize_fp8_ue8m0.cu), and zeros for padding: bytes past the
+/// last group, and rows that fill up four, but for the last words.
+__device__ __forceinline__ void put_ue8m0(const Params& p, int token, int group, uint32_t scale) {
+  const int num_groups = p.hidden_size / kGroup;
+  uint8_t* word = static_cast<uint8_t*>(p.scale_out) + group / 4 * p.scale_block_stride * 4;
+  word[token * 4 + group % 4] = static_cast<uint8_t>(scale);
+  if (group + 1 == num_groups) {
+    for (int byte = num_groups; byte % 4; ++byte) word[token * 4 + byte % 4] = 0;
+  }
+  const bool last = group / 4 == (num_groups - 1) / 4;
+  if (token + 1 == p.num_tokens && !last) {
+    for (int row = p.num_tokens; row % 4; ++row) word[row * 4 + group % 4] = 0;
+  }
+}
+
+/// The byte of a group (quantize_nvfp4.cu), and, in tiles, zeros for padding: groups past the last one, and
+/// rows that fill up 128.
+__device__ __forceinline__ void put_nvfp4(const Params& p, int token, int group, uint32_t scale) {
+  uint8_t* scales = static_cast<uint8_t*>(p.scale_out);
+  const int num_groups = p.hidden_size / kFp4Group;
+  if constexpr (QUANT == kNvfp4) {
+    scales[static_cast<int64_t>(token) * num_groups + group] = static_cast<uint8_t>(scale);
+  } else {
+    const int width = ceil_div(num_groups, 4) * 4;
+    const int end = group + 1 == num_groups ? width : group + 1;
+    const int num_rows = ceil_div(p.num_tokens, 128) * 128;
+    // The padding rows are dealt out among the tokens.
+    for (int row = token; row < num_rows; row += p.num_tokens) {
+      for (int g = group; g < end; ++g) {
+        const bool real = row == token && g == group;
+        scales[scale_offset_128x4(row, g, width)] = static_cast<uint8_t>(real ? scale : 0);
+      }
     }
   }
 }
 
-/// Everything that follows the result of a token. `gamma` holds norm_weight at this thread's columns.
-__device__ __forceinline__ void finish(const AllReduceParams& p, int token,
-                                       const Wire (&result)[VECS], const Wire (&gamma)[VECS],
-                                       Exchange& exchange, int& turn) {
+/// Quantises eight values and stores them and, on one lane of a group, its scale. All lanes come here;
+/// columns that are not there hold zeros.
+__device__ __forceinline__ void quantise_8(const Params& p, int token, int column, float (&x)[8],
+                                           const E4m3Divisor& divisor) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t at = static_cast<int64_t>(token) * p.hidden_size + column;
+  const bool inside = column < p.hidden_size;
+  if constexpr (QUANT == kNvfp4 || QUANT == kNvfp4Swizzled) {
+    bool has_nan;
+    const float amax = group_max<kFp4Group / 8>(fp4_amax(x, has_nan));
+    if (!inside) return;
+    const uint32_t scale = nvfp4_scale(amax, *p.quant_scale);
+    const float factor = nvfp4_factor(scale, *p.quant_scale);
+    static_cast<uint32_t*>(p.quant_out)[at / 8] = e2m1x8_from_f32(x, factor, true);
+    if (lane % (kFp4Group / 8) == 0) put_nvfp4(p, token, column / kFp4Group, scale);
+  } else {
+    if constexpr (QUANT == kFp8Ue8m0) {
+      const uint32_t scale = ue8m0_scale(group_max<kGroup / 8>(largest(x)));
+      const float reciprocal = ue8m0_reciprocal(scale);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) x[c] = __fmul_rn(x[c], reciprocal);
+      if (inside && lane % (kGroup / 8) == 0) put_ue8m0(p, token, column / kGroup, scale);
+    } else if constexpr (QUANT == kFp8Block) {
+      const float scale = divide_by_scale(x, half_warp_max(largest(x)));
+      if (inside && lane % 16 == 0) put_scale(p, token, column / kScaleBlock, scale);
+    } else {
+      divisor.divide(x);
+    }
+    if (inside) store_8<kE4m3>(p.quant_out, at, x);
+  }
+}
+
+/// Quantises the rounded values of a token; those of columns that are not there are zeros.
+__device__ __forceinline__ void quantise(const Params& p, int token, float (&x)[VECS][8],
+                                         Exchange& exchange, int& turn) {
+  float scale = 1.0f;
+  if constexpr (QUANT == kFp8Tensor) scale = *p.quant_scale;
+  if constexpr (QUANT == kFp8Token) {
+    float of_chunk[VECS];
+#pragma unroll
+    for (int i = 0; i < VECS; ++i) of_chunk[i] = group_max<32>(largest(x[i]));
+    const int num_chunks = ceil_div(p.hidden_size, kChunk);
+    scale = e4m3_token_scale(over_token<false>(of_chunk, num_chunks, exchange, turn));
+    if (column_of(0) == 0) put_scale(p, token, 0, scale);
+  }
+  const E4m3Divisor divisor(scale);
+#pragma unroll
+  for (int i = 0; i < VECS; ++i) quantise_8(p, token, column_of(i), x[i], divisor);
+}
+
+/// Loads the row of an array that may be null, at this thread's columns.
+__device__ __forceinline__ void load_columns(Wire (&w)[VECS], const Params& p, const void* base,
+                                             int token) {
+#pragma unroll
+  for (int i = 0; i < VECS; ++i) {
+    const int column = column_of(i);
+    if (base != nullptr && column < p.hidden_size) {
+      w[i] = load_wire(base, static_cast<int64_t>(token) * p.hidden_size + column);
+    }
+  }
+}
+
+/// Everything that follows the result of a token. `gamma` holds norm_weight at this thread's columns, if
+/// kEarly.
+__device__ __forceinline__ void finish(const Params& p, int token, const Wire (&result)[VECS],
+                                       Wire (&gamma)[VECS], Exchange& exchange, int& turn) {
+  if constexpr (!kEarly) load_columns(gamma, p, p.norm_weight, 0);
   const int64_t row_start = static_cast<int64_t>(token) * p.hidden_size;
   float x[VECS][8];
 #pragma unroll
@@ -474,36 +333,6 @@ __device__ __forceinline__ void finish(const AllReduceParams& p, int token,
     }
   }
   if constexpr (QUANT != kNoQuant) quantise(p, token, x, exchange, turn);
-}
-
-/// Loads the row of an array that may be null, at this thread's columns.
-__device__ __forceinline__ void load_columns(Wire (&w)[VECS], const AllReduceParams& p,
-                                             const void* base, int token) {
-#pragma unroll
-  for (int i = 0; i < VECS; ++i) {
-    const int column = column_of(i);
-    if (base != nullptr && column < p.hidden_size) {
-      w[i] = load_wire(base, static_cast<int64_t>(token) * p.hidden_size + column);
-    }
-  }
-}
-
-// --------------------------------------------------------------------------------------------- turns
-
-/// Address in a rank's buffer of this call.
-__device__ __forceinline__ uint8_t* buffer_of(const AllReduceParams& p, int rank, int turn) {
-  return p.buffers[rank] + turn * p.buffer_bytes;
-}
-
-/// Slot of this rank at a peer.
-__device__ __forceinline__ int slot_at(int peer, int rank) { return rank < peer ? rank : rank - 1; }
-
-/// One thread of each block, after it has read the turn: the last to come passes it on.
-__device__ __forceinline__ void pass_turn_on(const AllReduceParams& p, int turn) {
-  if (atomicAdd(p.state + 1, 1) == static_cast<int>(gridDim.x) - 1) {
-    p.state[1] = 0;
-    p.state[0] = turn + 1 == kNumBuffers ? 0 : turn + 1;
-  }
 }
 
 }  // namespace cumoe

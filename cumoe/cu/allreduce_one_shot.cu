@@ -9,10 +9,9 @@
 //           the ranks never wait for each other in a circle.
 // smem      Exchange (2, 256) floats; the turn.
 #include "allreduce.cuh"
+#include "allreduce_wire.cuh"
 
 using namespace cumoe;
-
-using Params = AllReduceParams;
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     allreduce_one_shot(const __grid_constant__ Params p) {
@@ -58,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     if (!first) {
       Wire residual[VECS], gamma[VECS], result[VECS];
       load_columns(residual, p, p.residual, token);
-      load_columns(gamma, p, p.norm_weight, 0);
+      if constexpr (kEarly) load_columns(gamma, p, p.norm_weight, 0);
 #pragma unroll
       for (int i = 0; i < VECS; ++i) {
         const int column = column_of(i);

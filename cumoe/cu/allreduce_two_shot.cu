@@ -11,10 +11,9 @@
 //           nothing, and phase 2 for their phase 1.
 // smem      Exchange (2, 256) floats; the turn.
 #include "allreduce.cuh"
+#include "allreduce_wire.cuh"
 
 using namespace cumoe;
-
-using Params = AllReduceParams;
 
 static_assert(RANKS > 1, "there are peers");
 
@@ -51,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       Wire part[VECS], residual[VECS], gamma[VECS], result[VECS];
       if (phase < 2) part_of(part, p, token);
       if (phase == 1) load_columns(residual, p, p.residual, token);
-      if (phase > 0) load_columns(gamma, p, p.norm_weight, 0);
+      if (kEarly && phase > 0) load_columns(gamma, p, p.norm_weight, 0);
 #pragma unroll
       for (int i = 0; i < VECS; ++i) {
         const int column = column_of(i);

@@ -8,6 +8,8 @@ namespace cumoe {
 
 constexpr float kE4m3Max = 448.0f;
 constexpr float kMinScale = 1.17549435e-38f;  // smallest normal fp32: no division by zero
+constexpr float kMinTokenScale = 0x1p-9f / 448.0f;
+constexpr float kMinUe8m0Scale = 1e-10f;
 constexpr int kScaleBlock = 128;
 
 /// Rounds fp32 to nearest-even e4m3 in integer arithmetic, saturating at 448; NaN gives 0x7f.
@@ -69,26 +71,93 @@ __device__ __forceinline__ float quotient(float a, float b, float reciprocal) {
   return __fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q);
 }
 
-/// Divides the values of a block by its scale, e4m3_scale(amax), and returns the scale. Scale and e4m3
-/// values have the bits of true divisions, at three operations for each value.
+/// What `quotient` needs of a divisor between 2^-90 and 2^100.
+__device__ __forceinline__ float reciprocal_of(float scale) {
+  const float guess = ptx::rcp_approx_ftz(scale);
+  return __fmaf_rn(guess, -__fmaf_rn(scale, guess, -1.0f), guess);
+}
+
+/// Whether amax / 448 is such a divisor.
+__device__ __forceinline__ bool is_usual(float amax) {
+  return amax >= 0x1p-80f && amax <= 0x1p108f;
+}
+
+/// Divides values of at most 448 scales by a scale that is between 2^-90 and 2^100.
 template <int kCount>
-__device__ __forceinline__ float divide_by_scale(float (&y)[kCount], float amax) {
-  if (amax >= 0x1p-80f && amax <= 0x1p108f) {
-    const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
-    const float guess = ptx::rcp_approx_ftz(scale);
-    const float reciprocal = __fmaf_rn(guess, -__fmaf_rn(scale, guess, -1.0f), guess);
+__device__ __forceinline__ void divide_usual(float (&y)[kCount], float scale) {
+  const float reciprocal = reciprocal_of(scale);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i], scale, reciprocal);
-    return scale;
-  }
-  // NOTE: kept from subnormal remainders by a power of two, which changes no quotient that e4m3 can hold.
-  const float scale = e4m3_scale(amax), factor = amax < 1.0f ? 0x1p64f : 0x1p-64f;
+  for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i], scale, reciprocal);
+}
+
+/// Divides values of at most 448 scales by any other scale from the smallest normal number on.
+// NOTE: kept from subnormal remainders by a power of two, which changes no quotient that e4m3 can hold.
+template <int kCount>
+__device__ __forceinline__ void divide_extreme(float (&y)[kCount], float scale) {
+  const float factor = scale < 1.0f ? 0x1p64f : 0x1p-64f;
   const float reciprocal = __frcp_rn(scale * factor);
   const float divisor =
       scale == INFINITY ? 0.0f : scale * factor;  // finite / inf = 0, inf / inf = NaN
 #pragma unroll
   for (int i = 0; i < kCount; ++i) y[i] = quotient(y[i] * factor, divisor, reciprocal);
+}
+
+/// Divides the values of a block by its scale, e4m3_scale(amax), and returns the scale. Scale and e4m3
+/// values have the bits of true divisions, at three operations for each value.
+template <int kCount>
+__device__ __forceinline__ float divide_by_scale(float (&y)[kCount], float amax) {
+  if (is_usual(amax)) {
+    const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
+    divide_usual(y, scale);
+    return scale;
+  }
+  const float scale = e4m3_scale(amax);
+  divide_extreme(y, scale);
   return scale;
+}
+
+/// Dequantisation scale of a row that has one: at least 1/448 of the smallest e4m3 number.
+__device__ __forceinline__ float e4m3_token_scale(float amax) {
+  return fmaxf(__fdiv_rn(amax, kE4m3Max), kMinTokenScale);
+}
+
+/// Divides any values by any positive scale, each to the e4m3 value that a true division gives: for scales
+/// that many values share.
+struct E4m3Divisor {
+  float factor;  // takes the divisor between 2^-90 and 2^100
+  float divisor;
+  float reciprocal;
+
+  __device__ __forceinline__ explicit E4m3Divisor(float scale) {
+    factor = scale < 0x1p-80f ? 0x1p64f : scale > 0x1p90f ? 0x1p-64f : 1.0f;
+    const bool infinite = scale == INFINITY;  // finite / inf = 0, inf / inf = NaN
+    divisor = infinite ? 0.0f : scale * factor;
+    reciprocal = infinite ? 0.0f : reciprocal_of(divisor);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void divide(float (&y)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float a = y[i] * factor;
+      // NOTE: cut far above 448, so that no remainder is infinite; a NaN comes back with the remainder.
+      const float q = fminf(fmaxf(a * reciprocal, -0x1p20f), 0x1p20f);
+      y[i] = __fmaf_rn(-__fmaf_rn(divisor, q, -a), reciprocal, q);
+    }
+  }
+};
+
+/// UE8M0 scale of a group: the biased exponent of the power of two at or above max(amax / 448, 1e-10).
+/// 255 (NaN) for an infinite amax.
+__device__ __forceinline__ uint32_t ue8m0_scale(float amax) {
+  const float scale =
+      is_usual(amax) ? quotient(amax, kE4m3Max, 1.0f / kE4m3Max) : __fdiv_rn(amax, kE4m3Max);
+  return (__float_as_uint(fmaxf(scale, kMinUe8m0Scale)) + 0x7fffffu) >> 23;
+}
+
+/// 1 / scale of a UE8M0 scale from ue8m0_scale: exact, and 0 for 255.
+__device__ __forceinline__ float ue8m0_reciprocal(uint32_t scale) {
+  return __uint_as_float(scale < 255u ? (254u - scale) << 23 : 0u);
 }
 
 }  // namespace cumoe

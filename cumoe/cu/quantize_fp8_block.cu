@@ -2,11 +2,12 @@
 //
 // scale = max(amax / 448, smallest normal); q = e4m3(x / scale), saturating, nearest even.
 //
-// Grid      ceil(num_rows * num_blocks / 16) blocks; a block of the scale grid is 16 lanes' work.
-// Block     256 threads; a lane holds eight neighbouring elements. The last block may be partial:
-//           lanes past the row hold zeros and store nothing.
-// From -D   INPUT_TYPE
-#include "vec.cuh"
+// Unit      ROWS rows by 128 columns on 8 lanes, a lane holding 16 neighbouring columns of each row. All
+//           loads of a unit come before its arithmetic. ROWS changes no bit of the result.
+// Grid      ceil(units / 16), the blocks of a row group next to each other.
+// Block     128 threads. The last block of a row may be partial: lanes past it hold zeros and store nothing.
+// From -D   INPUT_TYPE ROWS
+#include "raw.cuh"
 
 using namespace cumoe;
 
@@ -21,28 +22,38 @@ struct Params {
   int32_t num_blocks;
 };
 
-extern "C" __global__ void __launch_bounds__(256)
-    quantize_fp8_block(const __grid_constant__ Params p) {
-  constexpr int kLanes = kScaleBlock / 8;
-  const int64_t unit =
-      static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
-  const int lane = threadIdx.x % kLanes;
-  const int64_t row = unit / p.num_blocks;
-  const int block = static_cast<int>(unit - row * p.num_blocks);
-  const int column = block * kScaleBlock + lane * 8;
-  const bool valid = row < p.num_rows && column < p.num_columns;
-  const int64_t index = row * p.num_columns + column;
-  ptx::griddepcontrol_wait();
+constexpr int kThreads = 128;
+constexpr int kColumns = 16;
+constexpr int kLanes = kScaleBlock / kColumns;
 
-  float x[8] = {};
-  if (valid) load_8<INPUT_TYPE>(x, p.x, index);
-  float amax = 0.0f;
+extern "C" __global__ void __launch_bounds__(kThreads)
+    quantize_fp8_block(const __grid_constant__ Params p) {
+  const unsigned unit = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  const unsigned group = unit / p.num_blocks;
+  const int block = static_cast<int>(unit - group * p.num_blocks);
+  const int64_t row0 = static_cast<int64_t>(group) * ROWS;
+  const int column = block * kScaleBlock + lane * kColumns;
+  const int inside = valid_of_16(column, p.num_columns);
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+
+  Raw<INPUT_TYPE, kColumns> raw[ROWS];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) amax = fmaxf(amax, fabsf(x[i]));
-  const float scale = e4m3_scale(half_warp_max(amax));
-  if (!valid) return;
+  for (int r = 0; r < ROWS; ++r) {
+    const int valid = row0 + r < p.num_rows ? inside : 0;
+    raw[r].load(p.x, (row0 + r) * p.num_columns + column, valid);
+  }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = __fdiv_rn(x[i], scale);
-  store_8<kE4m3>(p.values, index, x);
-  if (lane == 0) p.scale[row * p.scale_row_stride + block * p.scale_block_stride] = scale;
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t row = row0 + r;
+    const int valid = row < p.num_rows ? inside : 0;
+    float y[kColumns];
+    raw[r].widen(y);
+    const float scale = divide_by_scale(y, lanes_max<kLanes>(amax_of(y)));
+    store_e4m3_16(p.values + row * p.num_columns + column, y, valid, p.num_columns % 16 == 0);
+    if (valid && lane == 0) {
+      p.scale[row * p.scale_row_stride + block * p.scale_block_stride] = scale;
+    }
+  }
 }

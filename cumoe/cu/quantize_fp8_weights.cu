@@ -5,7 +5,7 @@
 //           and right edge may be partial: elements outside are zero and not stored.
 // smem      amax (8,) float.
 // From -D   INPUT_TYPE
-#include "vec.cuh"
+#include "raw.cuh"
 
 using namespace cumoe;
 
@@ -29,35 +29,39 @@ extern "C" __global__ void __launch_bounds__(256)
   const int64_t expert = blockIdx.z;
   ptx::griddepcontrol_wait();
 
-  float x[kPasses][8] = {};
-  float amax = 0.0f;
+  float x[kPasses * 8];
+  {
+    Raw<INPUT_TYPE, 8> raw[kPasses];
 #pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int row = first_row + pass * kRowsPerPass;
-    if (row < p.n && column < p.k) {
-      const int64_t at = static_cast<int64_t>(row) * p.k + column;
-      load_8<INPUT_TYPE>(x[pass], p.w, expert * p.input_expert_stride + at);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = first_row + pass * kRowsPerPass;
+      const int64_t at = expert * p.input_expert_stride + static_cast<int64_t>(row) * p.k + column;
+      raw[pass].load(p.w, at, row < p.n && column < p.k ? 8 : 0);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) amax = fmaxf(amax, fabsf(x[pass][i]));
+    for (int pass = 0; pass < kPasses; ++pass) {
+      float wide[8];
+      raw[pass].widen(wide);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[pass * 8 + i] = wide[i];
+    }
   }
-  for (int offset = 16; offset > 0; offset /= 2) {
-    amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, offset));
-  }
+  float amax = lanes_max<kWarpSize>(amax_of(x));
   if (threadIdx.x % kWarpSize == 0) warp_amax[threadIdx.x / kWarpSize] = amax;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) amax = fmaxf(amax, warp_amax[i]);
-  const float scale = e4m3_scale(amax);
+  const float scale = divide_by_scale(x, amax);
 
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const int row = first_row + pass * kRowsPerPass;
     if (row >= p.n || column >= p.k) continue;
+    float y[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[pass][i] = __fdiv_rn(x[pass][i], scale);
+    for (int i = 0; i < 8; ++i) y[i] = x[pass * 8 + i];
     const int64_t at = static_cast<int64_t>(row) * p.k + column;
-    store_8<kE4m3>(p.values, expert * p.values_expert_stride + at, x[pass]);
+    store_8<kE4m3>(p.values, expert * p.values_expert_stride + at, y);
   }
   if (threadIdx.x == 0) {
     const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;

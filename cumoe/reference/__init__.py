@@ -13,11 +13,14 @@ from cumoe.reference.exact import (
     to_e4m3,
     warp_sum,
 )
+from cumoe.reference.microscaling import quantize_fp8_ue8m0, quantize_nvfp4, to_e2m1
 from cumoe.reference.permutation import group
 from cumoe.reference.quantize import (
     dequantize,
     quantize_fp8_block,
     quantize_fp8_block_weights,
+    quantize_fp8_tensor,
+    quantize_fp8_token,
 )
 from cumoe.reference.routing import pack, route, unpack
 
@@ -29,9 +32,14 @@ __all__ = [
     "pack",
     "quantize_fp8_block",
     "quantize_fp8_block_weights",
+    "quantize_fp8_tensor",
+    "quantize_fp8_token",
+    "quantize_fp8_ue8m0",
+    "quantize_nvfp4",
     "round_bf16",
     "route",
     "sigmoid",
+    "to_e2m1",
     "to_e4m3",
     "unpack",
     "warp_sum",

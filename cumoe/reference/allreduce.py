@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cumoe.arrays import DTYPES, dtype_name
-from cumoe.config import Array
-from cumoe.reference.exact import FP8_MAX, to_e4m3
-from cumoe.reference.quantize import quantize_fp8_block
+from cumoe.config import Array, Quantized
+from cumoe.microscaling import QuantizedNVFP4, QuantizedUE8M0
+from cumoe.reference.microscaling import quantize_fp8_ue8m0, quantize_nvfp4
+from cumoe.reference.quantize import quantize_fp8_block, quantize_fp8_tensor, quantize_fp8_token
 
 F32 = np.float32
 CHUNK, LANES = 256, 32
-MIN_TOKEN_AMAX = F32(1 / 512)  # the smallest e4m3 number
+Quantised = Quantized | QuantizedUE8M0 | QuantizedNVFP4
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,15 +33,14 @@ class Reduced:
     ----------
     sum, result, norm : array, shape (num_tokens, hidden_size)
         `result` is the sum with the residual, rounded once; `norm` its RMSNorm.
-    values, scale : array or None
-        Of the quantised norm, or of the result if there is no norm.
+    quantized : Quantized, QuantizedUE8M0, QuantizedNVFP4 or None
+        Of the norm, or of the result if there is no norm.
     """
 
     sum: Array
     result: Array
     norm: Array | None = None
-    values: Array | None = None
-    scale: Array | None = None
+    quantized: Quantised | None = None
 
 
 def part_of_rows(
@@ -118,6 +118,7 @@ def reduce_parts(
     weight_offset: float = 0.0,
     quantize: str | None = None,
     quant_scale: Array | None = None,
+    group_size: int = 0,
 ) -> Reduced:
     """Add the parts of all ranks and apply what follows; every rank gets the same.
 
@@ -129,9 +130,13 @@ def reduce_parts(
     norm_weight : array or None, shape (hidden_size,)
     eps, weight_offset : float
         ``norm = result / sqrt(mean(result ** 2) + eps) * (weight_offset + norm_weight)``
-    quantize : {None, "fp8_tensor", "fp8_token", "fp8_block"}
+    quantize : None or str
+        ``"fp8_tensor"``, ``"fp8_token"``, ``"fp8_block"``, ``"fp8_ue8m0"``, ``"nvfp4"``, or, with
+        scales in tiles, ``"nvfp4_swizzled"``.
     quant_scale : array or None, float32, shape (1,)
-        Of ``"fp8_tensor"``.
+        Of ``"fp8_tensor"``, and the global scale of nvfp4.
+    group_size : int
+        Of ``"fp8_ue8m0"``.
 
     Returns
     -------
@@ -152,8 +157,7 @@ def reduce_parts(
             inverse = F32(1) / np.sqrt(mean_square(x) + F32(eps))
             factor = F32(weight_offset) + norm_weight.astype(F32)
             last = norm = (x * inverse[:, None] * factor).astype(dtype)
-    values, scale = quantise(last, quantize, quant_scale)
-    return Reduced(total, result, norm, values, scale)
+    return Reduced(total, result, norm, quantise(last, quantize, quant_scale, group_size))
 
 
 def mean_square(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -172,23 +176,18 @@ def mean_square(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def quantise(
-    x: Array, quantize: str | None, quant_scale: Array | None = None
-) -> tuple[Array | None, Array | None]:
-    """Return codes and scales of rows: see :func:`reduce_parts`."""
+    x: Array, quantize: str | None, quant_scale: Array | None = None, group_size: int = 0
+) -> Quantised | None:
+    """Return quantised rows: see :func:`reduce_parts`."""
     if quantize is None:
-        return None, None
-    if quantize == "fp8_block":
-        q = quantize_fp8_block(x)
-        return q.values, q.scale
-    wide = x.astype(F32)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-        if quantize == "fp8_tensor":
-            assert quant_scale is not None
-            return to_e4m3(wide * (F32(1) / quant_scale.astype(F32).reshape(()))), None
-        assert quantize == "fp8_token", quantize
-        amax = np.fmax.reduce(np.abs(wide), axis=1, initial=F32(0))
-        scale = np.maximum(amax, MIN_TOKEN_AMAX) / FP8_MAX
-        return to_e4m3(wide / scale[:, None]), scale[:, None]
+        return None
+    if quantize == "fp8_ue8m0":
+        return quantize_fp8_ue8m0(x, group_size)
+    if quantize.startswith("nvfp4"):
+        return quantize_nvfp4(x, quant_scale, "linear" if quantize == "nvfp4" else "swizzled_128x4")
+    if quantize == "fp8_tensor":
+        return quantize_fp8_tensor(x, quant_scale)
+    return {"fp8_block": quantize_fp8_block, "fp8_token": quantize_fp8_token}[quantize](x)
 
 
 def _add_product(wide: Array, held: Array, weight: Array, rows: Array) -> None:

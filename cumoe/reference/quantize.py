@@ -1,4 +1,4 @@
-"""Block-scaled fp8: activations in blocks of 1 x 128, weights in blocks of 128 x 128.
+"""fp8 with float32 scales: of blocks of 1 x 128 and 128 x 128, of a token, of a tensor.
 
 Bit-exact model of the quantisation kernels: ``scale = max(amax / 448, FLT_MIN)`` and
 ``q = e4m3(x / scale)``, two true float32 divisions, saturating, to nearest even. The last block of
@@ -18,6 +18,8 @@ from cumoe.reference.exact import FP8_MAX, to_e4m3
 
 BLOCK = 128
 MIN_SCALE = np.float32(np.finfo(np.float32).tiny)
+MIN_TOKEN_SCALE = np.float32(2.0**-9) / FP8_MAX
+"""What the smallest number of e4m3 is scaled with to become the largest."""
 
 
 def quantize_fp8_block(x: Array) -> Quantized:
@@ -79,13 +81,66 @@ def quantize_fp8_block_weights(w: Array) -> Quantized:
     return Quantized(values, scale, block=(BLOCK, BLOCK))
 
 
+def quantize_fp8_token(x: Array) -> Quantized:
+    """Quantise activations to float8_e4m3fn with one scale per row.
+
+    ``scale = max(max|x| / 448, 2**-9 / 448)``, ``values = e4m3(x / scale)``.
+
+    Parameters
+    ----------
+    x : numpy.ndarray, bfloat16, float16 or float32, shape (num_tokens, hidden_size)
+
+    Returns
+    -------
+    Quantized
+        ``scale`` float32 ``(num_tokens, 1)``, ``block`` (1, None). NaN and infinity as in
+        :func:`quantize_fp8_block`.
+    """
+    wide = np.asarray(x).astype(np.float32)
+    amax = np.fmax.reduce(np.abs(wide), axis=1, initial=np.float32(0.0), keepdims=True)
+    with np.errstate(under="ignore"):
+        scale = np.maximum(amax / FP8_MAX, MIN_TOKEN_SCALE)
+    return Quantized(to_e4m3(_divide(wide, scale)), scale, block=(1, None))
+
+
+def quantize_fp8_tensor(x: Array, scale: Array | None = None) -> Quantized:
+    """Quantise activations to float8_e4m3fn with one scale, ``max|x| / 448`` or a given one.
+
+    Parameters
+    ----------
+    x : numpy.ndarray, bfloat16, float16 or float32, shape (num_tokens, hidden_size)
+    scale : numpy.ndarray, float32, shape (1,), optional
+        Positive. By default ``max(max|x| / 448, 1.17549435e-38)``.
+
+    Returns
+    -------
+    Quantized
+        ``scale`` float32 ``(1,)``, ``block`` (None, None). NaN and infinity as in
+        :func:`quantize_fp8_block`.
+    """
+    wide = np.asarray(x).astype(np.float32)
+    if scale is None:
+        scale = _scale(tensor_amax(wide))
+    return Quantized(to_e4m3(_divide(wide, scale)), scale, block=(None, None))
+
+
+def tensor_amax(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the largest magnitude as an array of one element, NaN left out, 0 if there is none."""
+    return np.asarray(np.fmax.reduce(np.abs(x), axis=None, initial=np.float32(0.0))).reshape(1)
+
+
+def _divide(x: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    with np.errstate(all="ignore"):
+        return np.asarray(x / scale)
+
+
 def dequantize(q: Quantized) -> NDArray[np.float32]:
     """Return ``values * scale`` in float32, each block by its own scale.
 
     Parameters
     ----------
     q : Quantized
-        Activations or weights; the scale may have any strides.
+        Of any block; the scale may have any strides.
 
     Returns
     -------
@@ -93,7 +148,10 @@ def dequantize(q: Quantized) -> NDArray[np.float32]:
     """
     wide = np.asarray(q.values).astype(np.float32, order="C")
     scale = np.asarray(q.scale)
-    if q.block[0] == 1:
+    if q.block[1] is None:
+        with np.errstate(all="ignore"):
+            wide *= scale
+    elif q.block[0] == 1:
         _scale_blocks(np.multiply, wide, scale)
     else:
         for expert in range(wide.shape[0]):

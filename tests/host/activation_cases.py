@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +25,8 @@ from tests.host.checks import (
     random_group,
     same_bits,
     valid_rows,
+    virtual,
 )
-
-MAP_NORESERVE = 0x4000  # of Linux; in Python's mmap from 3.13 on
 
 PRODUCT = Activation(
     "product", formula=ActivationFormula("(gate * up)", numpy=lambda gate, up: gate * up)
@@ -180,20 +178,12 @@ def _compare(y: np.ndarray, y_scale: Any, expected: Any, held: np.ndarray, exact
         close("y", got, want, FP8)
 
 
-def _virtual(shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """Return zeros that take memory only where they are touched."""
-    kind = DTYPES[dtype]
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    memory = mmap.mmap(-1, shape[0] * shape[1] * kind.itemsize, flags=flags)
-    return np.frombuffer(memory, np.uint8).view(kind).reshape(shape)
-
-
 def _far(host: Host) -> None:
     """Three rows of 2^30 columns, of which the first 2048 are visited: offsets to 6 * 2^30."""
     rows, size, visited = 3, 1 << 30, 2048
     blocks, seen = size // 128, visited // 128
-    x, x_scale = _virtual((rows, 2 * size), FP8), _virtual((rows, 2 * blocks), F32)
-    y, y_scale = _virtual((rows, size), FP8), _virtual((rows, blocks), F32)
+    x, x_scale = virtual((rows, 2 * size), FP8), virtual((rows, 2 * blocks), F32)
+    y, y_scale = virtual((rows, size), FP8), virtual((rows, blocks), F32)
     small = host.rng.standard_normal((rows, 2 * visited)).astype(np.float32)
     values, scale = _inputs(host, small, FP8, 2)
     for side in range(2):

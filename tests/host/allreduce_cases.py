@@ -17,6 +17,8 @@ from cumoe.arrays import DTYPES, FP8
 from cumoe.comm.layout import SENTINEL, STATE_WORDS, block_layout
 from cumoe.kernels import Launch, blocks
 from cumoe.kernels_comm import AllReduceConfig, PeerMemory, Tokens, allreduce
+from cumoe.microscaling import fp4_scale_shape, ue8m0_words
+from cumoe.quantize import _whole_columns
 from cumoe.reference import allreduce as twin
 from tests.host.checks import BF16, F16, F32, Case, Host, same_bits
 
@@ -30,7 +32,7 @@ class Call:
     Attributes
     ----------
     num_tokens : int
-    policy, weights, quantize
+    policy, weights, quantize, group
         See :class:`cumoe.kernels_comm.Tokens`.
     columns : int
         Slots of a token, or experts.
@@ -42,7 +44,9 @@ class Call:
     config : tuple of int
         Blocks of a cluster, warps, vecs, clusters.
     zeros : float
-        Share of the values that are minus zero.
+        Share of the values that are zeros, of either sign.
+    cancel : bool
+        The second slot of a token is the first with the opposite weight.
     column_major : bool
         Of the scales.
     """
@@ -55,12 +59,14 @@ class Call:
     residual: bool = True
     norm: bool = True
     quantize: str | None = None
+    group: int = 0
     outputs: tuple[str, ...] = ALL
     factor: float = 2.5
     offset: float = 0.0
     config: tuple[int, int, int, int] = (1, 2, 1, 2)
     two_shot: bool = False
     zeros: float = 0.0
+    cancel: bool = False
     column_major: bool = False
 
 
@@ -106,7 +112,8 @@ class _Group:
 
 def _values(host: Host, shape: Sequence[int], dtype: str, zeros: float) -> np.ndarray:
     x = host.rng.standard_normal(shape).astype(DTYPES[dtype])
-    x[host.rng.random(shape) < zeros] = -0.0
+    chosen = host.rng.random(shape) < zeros
+    x[chosen] = np.where(host.rng.random(shape) < 0.5, -0.0, 0.0)[chosen]
     return x
 
 
@@ -124,6 +131,8 @@ def _rank_inputs(host: Host, group: _Group, call: Call) -> dict[str, Any]:
         rows = _values(host, (count + 3, group.hidden), group.dtype, call.zeros)
         unused = np.setdiff1d(np.arange(count + 3), index)
         rows[unused] = np.nan
+        if call.cancel:
+            index[:, 1] = index[:, 0]
         given["permuted_idx"] = host.arena.array(index)
         weights_shape = index.shape
     else:
@@ -131,7 +140,10 @@ def _rank_inputs(host: Host, group: _Group, call: Call) -> dict[str, Any]:
         rows = _values(host, (*weights_shape, group.hidden), group.dtype, call.zeros)
     given["rows"] = host.arena.array(rows)
     if call.weights is not None:
-        given["weights"] = host.arena.array(_values(host, weights_shape, call.weights, call.zeros))
+        weights = _values(host, weights_shape, call.weights, call.zeros)
+        if call.cancel:
+            weights[:, 1] = -weights[:, 0]
+        given["weights"] = host.arena.array(weights)
     if call.shared:
         given["shared"] = host.arena.array(_values(host, shape, group.dtype, call.zeros))
     return given
@@ -158,14 +170,22 @@ def _outputs(host: Host, group: _Group, call: Call) -> dict[str, Any]:
         out.pop("norm_out", None)
     if call.two_shot:
         out.pop("sum_out", None)
-    if call.quantize is not None:
-        out["quant_out"] = host.empty(shape, FP8)
-        columns = {"fp8_token": 1, "fp8_block": blocks(group.hidden)}.get(call.quantize)
-        if columns is not None:
-            scale = (call.num_tokens, columns)
-            out["scale_out"] = (
-                host.empty(scale[::-1], F32).T if call.column_major else host.empty(scale, F32)
-            )
+    if call.quantize is None:
+        return out
+    fp4 = call.quantize.startswith("nvfp4")
+    values = (shape[0], shape[1] // 2) if fp4 else shape
+    out["quant_out"] = host.empty(values, "uint8" if fp4 else FP8)
+    if fp4:
+        layout = "linear" if call.quantize == "nvfp4" else "swizzled_128x4"
+        out["scale_out"] = host.empty(fp4_scale_shape(shape, layout), FP8)
+    elif call.quantize == "fp8_ue8m0":
+        num_words, stride = ue8m0_words(shape, call.group)
+        out["scale_out"] = host.empty((num_words, stride), "int32")[:, : shape[0]].T
+    elif call.quantize != "fp8_tensor":
+        scale = (shape[0], 1 if call.quantize == "fp8_token" else blocks(shape[1]))
+        out["scale_out"] = (
+            host.empty(scale[::-1], F32).T if call.column_major else host.empty(scale, F32)
+        )
     return out
 
 
@@ -177,7 +197,9 @@ def _plan(host: Host, group: _Group, call: Call) -> tuple[list[Launch], Callable
         common["residual"] = host.arena.array(_values(host, shape, group.dtype, call.zeros))
     if call.norm:
         common["norm_weight"] = host.normal((group.hidden,), group.dtype)
-    if call.quantize == "fp8_tensor":
+    if call.quantize == "fp8_ue8m0":
+        common["group_size"] = call.group
+    if call.quantize in ("fp8_tensor", "nvfp4", "nvfp4_swizzled"):
         common["quant_scale"] = host.arena.array(np.array([0.037], np.float32))
     given = [_rank_inputs(host, group, call) for _ in range(group.ranks)]
     out = [_outputs(host, group, call) for _ in range(group.ranks)]
@@ -201,13 +223,17 @@ def _plan(host: Host, group: _Group, call: Call) -> tuple[list[Launch], Callable
             "sum_out": reduced.sum,
             "result_out": reduced.result,
             "norm_out": reduced.norm,
-            "quant_out": reduced.values,
-            "scale_out": reduced.scale,
+            "quant_out": getattr(reduced.quantized, "values", None),
+            "scale_out": getattr(reduced.quantized, "scale", None),
         }
         for rank, arrays in enumerate(out):
             for name, got in arrays.items():
+                want = expected[name]
+                if got is not None and name == "scale_out" and call.quantize == "fp8_ue8m0":
+                    stride = ue8m0_words((call.num_tokens, group.hidden), call.group)[1]
+                    got, want = _whole_columns(got, stride), _whole_columns(want, stride)
                 if got is not None:
-                    same_bits(f"rank {rank}, {name}", got, expected[name])
+                    same_bits(f"rank {rank}, {name}", got, want)
 
     return launches, compare
 
@@ -240,6 +266,16 @@ MIXED = (
 
 ALLREDUCE_CASES = [
     Case("one rank", _calls(1, 264, Call(3, quantize="fp8_block"), Call(1, shared=False))),
+    Case(
+        "one rank, minus zeros",
+        _calls(
+            1, 72, Call(3, "plain", zeros=0.9, residual=False, norm=False), dtype=F16
+        ),
+    ),
+    Case(
+        "rows that cancel",
+        _calls(2, 264, Call(4, columns=2, cancel=True, shared=False, residual=False, norm=False)),
+    ),
     Case("two ranks, growing and shrinking", _calls(2, 264, *GROWING)),
     Case("three ranks", _calls(3, 504, Call(4), Call(2, quantize="fp8_token"), Call(3), Call(4))),
     Case(
@@ -278,6 +314,23 @@ ALLREDUCE_CASES = [
     Case(
         "8200 columns",
         _calls(2, 8200, Call(2, config=(1, 17, 2, 1), columns=2), Call(1, config=(8, 3, 2, 1))),
+    ),
+    Case(
+        "small scales",
+        _calls(
+            2, 336,
+            Call(5, quantize="fp8_ue8m0", group=16), Call(3, quantize="nvfp4"),
+            Call(2, quantize="nvfp4_swizzled"), Call(1, quantize="nvfp4_swizzled", norm=False),
+        ),
+    ),
+    Case(
+        "small scales, wider",
+        _calls(
+            2, 1152,
+            Call(5, quantize="fp8_ue8m0", group=128, config=(2, 3, 1, 2)),
+            Call(3, quantize="fp8_ue8m0", group=32, config=(1, 3, 2, 2)),
+            Call(4, "plain", quantize="nvfp4_swizzled", config=(5, 1, 1, 2), zeros=0.9),
+        ),
     ),
     Case(
         "few outputs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from tests.host.loader import HostOptions, run, run_streams, run_together
 from tests.host.memory import Arena
 
 SMEM_LIMIT = 227 << 10
+MAP_NORESERVE = 0x4000  # of Linux; in Python's mmap from 3.13 on
 BF16, F16, F32 = "bfloat16", "float16", "float32"
 
 TOLERANCE_OF = {F32: "float32", BF16: "bfloat16 twin", F16: "float16", FP8: "float8_e4m3fn twin"}
@@ -96,6 +98,14 @@ def check(case: Case, options: HostOptions | None = None) -> None:
     """Run one case and compare it with its twin."""
     with Arena() as arena:
         case.check(Host(options or HostOptions(), arena))
+
+
+def virtual(shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """Return zeros that take memory only where they are touched."""
+    kind = DTYPES[dtype]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, shape[0] * shape[1] * kind.itemsize, flags=flags)
+    return np.frombuffer(memory, np.uint8).view(kind).reshape(shape)
 
 
 def random_group(
