@@ -290,7 +290,8 @@ class TestDoctor:
         def fail(*args, **kwargs):
             raise OSError("broken")
 
-        for name in ("_nvrtc", "_driver", "_gpus", "_nccl", "_cache", "_cumoe_version"):
+        probes = ("_nvrtc", "_driver", "_gpus", "_peers", "_nccl", "_cache", "_cumoe_version")
+        for name in probes:
             monkeypatch.setattr(doctor, name, fail)
         monkeypatch.setattr(doctor.launch, "why_unavailable", fail)
         assert main(["doctor"]) == 0
@@ -307,7 +308,10 @@ class TestDoctor:
             "driver": {"version": "580.1", "cuda": "13.0"},
             "gpus": [{"compute_capability": (9, 0)}],
             "cache": {"writable": True},
+            "peers": [],
+            "mpirun": "/usr/bin/mpirun",
         }
+        found["packages"]["communication"] = {"mpi4py": "4.1"}
         found["packages"]["cuda"]["cupy-cuda12x"] = "14.2"
         return found | changes
 

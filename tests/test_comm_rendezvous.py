@@ -131,6 +131,26 @@ class TestGroup:
         found = meet(2, port, work)
         assert found[1 - lost] == "heard"
 
+    @pytest.mark.parametrize("num_bytes", [1, 20 << 20])
+    def test_a_rank_that_calls_after_the_group_has_failed(self, port, num_bytes):
+        """Rank 0 is gone by then; what it said of rank 2 is still heard, whatever is sent."""
+        failed = threading.Event()
+
+        def work(group):
+            if group.rank == 2:
+                return None
+            if group.rank == 1:
+                assert failed.wait(10)
+            try:
+                return group.allgather(bytes(num_bytes))
+            finally:
+                if group.rank == 0:
+                    group.close()
+                    failed.set()
+
+        found = meet(3, port, work)
+        assert all("rank 2 is gone, in allgather" in str(error) for error in found[:2])
+
     def test_time_out_names_who_is_missing(self, port):
         release = threading.Event()
 

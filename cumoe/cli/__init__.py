@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Call the chosen command."""
     if args.command == "demo":
+        if args.ranks is not None:
+            from cumoe.cli import ranks
+
+            return ranks.run(args)
         from cumoe.cli import demo
 
         return demo.run(args)
@@ -103,7 +107,7 @@ def _add_demo(commands: _Commands[argparse.ArgumentParser]) -> None:
         "--tokens",
         type=_positive,
         metavar="N",
-        help="tokens of the call (default: 4096 on a GPU, 256 on NumPy)",
+        help="tokens of the call (default: 4096 on a GPU, 256 on NumPy, 64 of several ranks)",
     )
     demo.add_argument(
         "--recipe",
@@ -123,6 +127,13 @@ def _add_demo(commands: _Commands[argparse.ArgumentParser]) -> None:
         default=0,
         metavar="N",
         help="of weights, tokens and logits (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--ranks",
+        type=_positive,
+        metavar="N",
+        help="start N processes, one for each GPU, that find each other and share memory; on "
+        "NumPy each runs a shard of the layer",
     )
 
 

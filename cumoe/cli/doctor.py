@@ -28,7 +28,7 @@ from rich.text import Text
 
 from cumoe import launch
 from cumoe.cli.console import facts, make_console, quantity
-from cumoe.launch.errors import require
+from cumoe.launch.errors import check, require
 
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
@@ -73,6 +73,7 @@ def examine() -> dict[str, Any]:
         "nvrtc": _probe(_nvrtc),
         "driver": _probe(_driver),
         "gpus": _probe(_gpus),
+        "peers": _probe(_peers),
         "nccl": _probe(_nccl),
         "mpirun": shutil.which("mpirun"),
         "cache": _probe(_cache),
@@ -158,6 +159,21 @@ def _gpus() -> list[dict[str, Any]]:
     return [asdict(launch.get_device(ordinal)) for ordinal in range(count)]
 
 
+def _peers() -> list[list[int]]:
+    """Return the pairs of GPUs of which the first cannot access the second's memory."""
+    if not launch.is_available():
+        return []
+    driver = require("cuda.bindings.driver")
+    count = int(require("cupy").cuda.runtime.getDeviceCount())
+    devices = [check(driver.cuDeviceGet(ordinal), "cuDeviceGet") for ordinal in range(count)]
+    pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+    return [
+        [i, j]
+        for i, j in pairs
+        if not check(driver.cuDeviceCanAccessPeer(devices[i], devices[j]), "cuDeviceCanAccessPeer")
+    ]
+
+
 def _nccl() -> str | None:
     """Return the version of the NCCL that CuPy loads."""
     if not launch.is_available():
@@ -240,11 +256,23 @@ def _remedy(report: dict[str, Any], has_cupy: bool) -> str:
 
 
 def _multi_gpu(report: dict[str, Any]) -> Backend:
-    """Say what there is of several GPUs: shards of a layer, no exchange between them."""
+    """Judge whether the GPUs here can share memory, and say how ranks would find each other."""
+    name = "multi-GPU"
     count = 0 if _error(report["gpus"]) is not None else len(report["gpus"])
-    reason = f"this version has no exchange between GPUs ({count} found)"
-    hint = "until then, run one ExpertShard on each GPU and add up the results"
-    return Backend("multi-GPU", False, reason, hint)
+    if count < 2:
+        hint = "`python -m cumoe demo --ranks 2 --backend numpy` runs ranks without GPUs"
+        return Backend(name, False, f"two or more GPUs are needed ({count} found)", hint)
+    if _error(report["peers"]) is not None:
+        return Backend(name, False, f"peer access is not known: {_error(report['peers'])}")
+    if report["peers"]:
+        first, second = report["peers"][0]
+        reason = f"GPU {first} cannot access the memory of GPU {second}"
+        hint = "`nvidia-smi topo -p2p rw` shows which can; CUDA_VISIBLE_DEVICES chooses those"
+        return Backend(name, False, reason, hint)
+    ways = "TCP, threads"
+    if report["packages"]["communication"]["mpi4py"] is not None and report["mpirun"]:
+        ways = f"MPI, {ways}"
+    return Backend(name, True, f"{count} GPUs share memory; ranks meet by {ways}")
 
 
 def _print(report: dict[str, Any], console: Console) -> None:
@@ -265,8 +293,9 @@ def _print(report: dict[str, Any], console: Console) -> None:
         table.add_row("GPU", line)
     table.add_row("NVRTC", _nvrtc_text(report["nvrtc"]))
     table.add_row("cache", _cache_text(report["cache"]))
+    table.add_row("peers", _peers_text(report))
     table.add_row("NCCL", _error(report["nccl"]) or report["nccl"] or "not loaded without a GPU")
-    table.add_row("mpirun", report["mpirun"] or "not found")
+    table.add_row("MPI", _mpi_text(report))
     console.print(table)
     console.print(Text("\nSoftware", "bold"))
     table = facts()
@@ -303,6 +332,25 @@ def _gpu_lines(gpus: Any) -> list[str]:
         f"{quantity(g['total_memory_bytes'], 'B')}"
         for g in gpus
     ] or ["none"]
+
+
+def _peers_text(report: dict[str, Any]) -> str:
+    """Describe which GPUs can access each other's memory."""
+    peers = report["peers"]
+    if _error(peers) is not None:
+        return str(_error(peers))
+    if not isinstance(report["gpus"], list) or len(report["gpus"]) < 2:
+        return "needs two or more GPUs"
+    if not peers:
+        return "every GPU can access the memory of every other"
+    return "no access from GPU " + ", ".join(f"{i} to {j}" for i, j in peers)
+
+
+def _mpi_text(report: dict[str, Any]) -> str:
+    """Name the launcher and the Python package of MPI."""
+    version = report["packages"]["communication"]["mpi4py"]
+    package = f"mpi4py {version}" if version else "mpi4py is not installed (extra mpi)"
+    return f"{report['mpirun'] or 'mpirun is not found'}; {package}"
 
 
 def _nvrtc_text(nvrtc: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ weights are made where they are used, one matrix at a time.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cumoe import launch
 from cumoe.cli.console import CommandError
-from cumoe.config import Array, Routing, max_tiles
+from cumoe.config import Array, ExpertShard, Routing, max_tiles
 from cumoe.models import ModelShape, Recipe
 from cumoe.moe import MoELayer
 from cumoe.tuning import tiles
@@ -125,17 +125,22 @@ def make_weights(
     backend: str,
     seed: int,
     advance: Callable[[], None] = lambda: None,
+    *,
+    experts: Sequence[int] | None = None,
 ) -> ExpertWeights:
     """Draw the weights, one matrix at a time; `advance` is called after each expert.
+
+    `experts` are the ids to draw, by default all; an expert is the same whichever others are drawn.
 
     Each matrix is uniform with variance ``1 / columns``, which keeps the layer's values near one.
     """
     xp = importlib.import_module("cupy" if backend == "cuda" else "numpy")
-    experts = shape.num_experts + shape.num_shared_experts
+    if experts is None:
+        experts = range(shape.num_experts + shape.num_shared_experts)
     hidden, size = shape.hidden_size, shape.intermediate_size
 
     def matrices(rows: int, columns: int, kind: int) -> Iterator[Array]:
-        for expert in range(experts):
+        for expert in experts:
             values = uniform(xp, rows * columns, 3 * expert + kind, seed)
             values *= np.float32(columns**-0.5)
             yield values.reshape(rows, columns)
@@ -147,7 +152,7 @@ def make_weights(
         matrices(size, hidden, 1),
         matrices(hidden, size, 2),
         recipe=recipe,
-        num_experts=experts,
+        num_experts=len(experts),
     )
 
 
@@ -172,8 +177,10 @@ def make_problem(
     weights: ExpertWeights,
     num_tokens: int,
     seed: int,
+    *,
+    shard: ExpertShard | None = None,
 ) -> Problem:
-    """Build the layer and draw a call's tokens, logits and selection bias."""
+    """Build the layer, or a shard of it, and draw a call's tokens, logits and selection bias."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((num_tokens, shape.hidden_size), dtype=np.float32)
     host_x = x.astype(ml_dtypes.bfloat16)
@@ -184,7 +191,12 @@ def make_problem(
     routing = shape.routing()
     bias = _beside(weights, host_bias)
     layer = MoELayer(
-        weights, routing, max_num_tokens=num_tokens, bias=bias, activation=shape.activation
+        weights,
+        routing,
+        max_num_tokens=num_tokens,
+        bias=bias,
+        shard=shard,
+        activation=shape.activation,
     )
     return Problem(
         shape=shape,

@@ -111,7 +111,8 @@ class TcpGroup(ExchangeGroup):
         # Rank 0 says who is missing; it is given a little longer than it gives the others.
         deadline = time.monotonic() + timeout_s * 1.1 + 1.0
         try:
-            self._peers[0].send(text.encode(), deadline)
+            with contextlib.suppress(ConnectionError):  # rank 0 has left word why it went
+                self._peers[0].send(text.encode(), deadline)
             answer = self._peers[0].receive(deadline).decode()
         except TimeoutError:
             raise GroupError(_late([0], call, timeout_s)) from None

@@ -15,14 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cumoe.comm.group import Group, GroupError, allgather_within, check_group, compare
+from cumoe.comm.group import (
+    DEFAULT_TIMEOUT_S,
+    Group,
+    GroupError,
+    allgather_within,
+    check_group,
+    compare,
+)
 from cumoe.comm.layout import SENTINEL, STATE_WORDS, workspace_bytes
 from cumoe.comm.peer_memory import PeerMemory
 from cumoe.config import check_int
 
 __all__ = ["Workspace", "WorkspaceError"]
-
-DEFAULT_TIMEOUT_S = 60.0
 
 _PROCESS = secrets.token_hex(8)
 """With the pid the identity of this process, also where containers number theirs alike."""
