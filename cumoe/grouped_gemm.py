@@ -213,7 +213,8 @@ def plan_gemm(
     launch = kernels_sm90.grouped_gemm(
         a, a_scale, operand, out, out_scale, permutation, problem, config, activation, num_sms
     )
-    launch.spec = kernels.with_activation(launch.spec, activation)
+    if problem.gated or problem.activated:
+        launch.spec = kernels.with_activation(launch.spec, activation)
     return launch
 
 

@@ -208,8 +208,9 @@ def grouped_gemm(
     column_tiles = -(-n // config.block_n)
     a_row, a_block = scale_strides(a_scale)
     out_row, out_block = scale_strides(out_scale)
+    spec = grouped_gemm_spec(problem, config)
     return make(
-        with_activation(grouped_gemm_spec(problem, config), activation),
+        with_activation(spec, activation) if problem.gated or problem.activated else spec,
         (permutation.max_tiles * column_tiles, 1, 1),
         config.num_threads,
         smem_bytes=smem_bytes(config, problem),

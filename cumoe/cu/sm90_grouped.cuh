@@ -103,8 +103,8 @@ struct Tile {
     // The expert's rows in equal steps of eight over the blocks of its tiles.
     const int height = ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
     const int begin = ((local - column_tile * tiles) * CLUSTER + rank) * height;
-    row0 = first + begin;
     rows = max(min(height, count - begin), 0);
+    row0 = first + (rows > 0 ? begin : 0);  // without rows one that may be read
   }
 
   __device__ __forceinline__ explicit Tile(int4 v)

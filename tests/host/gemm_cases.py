@@ -132,6 +132,7 @@ def _gemm90(
     *,
     num_stages: int | None = None,
     num_chunks: int | None = None,
+    block_n: int | None = None,
     cluster: int = 1,
     num_sms: int = 4,
     counts: tuple[int, ...] | None = None,
@@ -148,7 +149,7 @@ def _gemm90(
     if counts is not None:
         sizes |= {"counts": counts, "tokens": sum(counts), "experts": len(counts), "top_k": 1}
     gemm = _Gemm(dtype, dtype if activated else BF16, **sizes)
-    block_n = gemm.tile // cluster
+    block_n = block_n or gemm.tile // cluster
     fewest = -(-block_n * 144 // (8192 if gated else 4096)) if gemm.out_dtype == FP8 else 1
     stages = num_stages or SM90_MIN_STAGES[dtype]
     chosen = Sm90Config(block_n, stages, num_chunks or fewest, cluster)
@@ -295,6 +296,10 @@ GEMM90_FP8_CASES = [
             FP8, cluster=2, num_sms=2, k=144, n=144, tile=48, order="up_gate_interleaved",
             counts=(3, 0, 99, 8, 1),
         ),
+    ),
+    Case(
+        "clusters that take more than a tile",
+        _gemm90(FP8, cluster=2, k=144, n=40, tile=8, block_n=8, gather=True, counts=(8,)),
     ),
     Case("activated", _gemm90(FP8, k=272, n=272, tile=40, activation=Activation("relu2"))),
     Case(
