@@ -233,8 +233,7 @@ __device__ __forceinline__ void quantise_8(const Params& p, int token, int colum
   const int64_t at = static_cast<int64_t>(token) * p.hidden_size + column;
   const bool inside = column < p.hidden_size;
   if constexpr (QUANT == kNvfp4 || QUANT == kNvfp4Swizzled) {
-    bool has_nan;
-    const float amax = group_max<kFp4Group / 8>(fp4_amax(x, has_nan));
+    const float amax = group_max<kFp4Group / 8>(largest(x));
     if (!inside) return;
     const uint32_t scale = nvfp4_scale(amax, *p.quant_scale);
     const float factor = nvfp4_factor(scale, *p.quant_scale);
