@@ -82,6 +82,11 @@ __device__ __forceinline__ bool is_usual(float amax) {
   return amax >= 0x1p-80f && amax <= 0x1p108f;
 }
 
+/// e4m3_scale of a usual amax.
+__device__ __forceinline__ float usual_scale(float amax) {
+  return quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
+}
+
 /// Divides values of at most 448 scales by a scale that is between 2^-90 and 2^100.
 template <int kCount>
 __device__ __forceinline__ void divide_usual(float (&y)[kCount], float scale) {
@@ -114,7 +119,7 @@ __device__ __forceinline__ float block_scale(float amax, BlockDivisor& by) {
     by = extreme_divisor(scale);
     return scale;
   }
-  const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
+  const float scale = usual_scale(amax);
   by = {scale, reciprocal_of(scale), 1.0f, 0.0f};
   return scale;
 }
@@ -131,7 +136,7 @@ __device__ __forceinline__ void divide_extreme(float (&y)[kCount], float scale) 
 template <int kCount>
 __device__ __forceinline__ float divide_by_scale(float (&y)[kCount], float amax) {
   if (is_usual(amax)) {
-    const float scale = quotient(amax, kE4m3Max, 1.0f / kE4m3Max);
+    const float scale = usual_scale(amax);
     divide_usual(y, scale);
     return scale;
   }
@@ -174,8 +179,7 @@ struct E4m3Divisor {
 /// UE8M0 scale of a group: the biased exponent of the power of two at or above max(amax / 448, 1e-10).
 /// 255 (NaN) for an infinite amax.
 __device__ __forceinline__ uint32_t ue8m0_scale(float amax) {
-  const float scale =
-      is_usual(amax) ? quotient(amax, kE4m3Max, 1.0f / kE4m3Max) : __fdiv_rn(amax, kE4m3Max);
+  const float scale = is_usual(amax) ? usual_scale(amax) : __fdiv_rn(amax, kE4m3Max);
   return (__float_as_uint(fmaxf(scale, kMinUe8m0Scale)) + 0x7fffffu) >> 23;
 }
 
