@@ -29,6 +29,29 @@ def make_parser(module: str, doc: str | None, results: Path) -> argparse.Argumen
     return parser
 
 
+def make_stage_parser(
+    module: str,
+    doc: str | None,
+    results: Path,
+    *,
+    variants: Sequence[str],
+    tokens: Sequence[int],
+    budget: float,
+) -> argparse.ArgumentParser:
+    """Return the parser of a bench of one stage: variants by numbers of tokens."""
+    parser = make_parser(module, doc, results)
+    add = parser.add_argument
+    add("--variants", nargs="+", choices=variants, default=variants)
+    add("--tokens", nargs="+", type=_count, metavar="T", help=f"default: {_words(tokens)}")
+    add("--repeats", type=_count, default=30, help="samples (default: 30)")
+    text = f"of one case's samples (default: {budget:g})"
+    add("--budget", type=float, default=budget, metavar="SECONDS", help=text)
+    add("--seed", type=int, default=0)
+    add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
+    add("--merge", action="store_true", help="keep rows of the file that are not repeated")
+    return parser
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the shared arguments ask for.

@@ -18,7 +18,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -26,6 +25,7 @@ import numpy as np
 from rich.console import Console
 
 import cumoe
+from bench.arguments import make_stage_parser
 from bench.harness import copy_rate_tbps, measure, num_cold_inputs
 from bench.inputs import find_backend, free_memory, random_bf16, random_words, to_host
 from bench.record import REPO, Row, make_row, print_table, write_results
@@ -273,22 +273,8 @@ def _compile_ahead(xp: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.bench_activation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    add("--tokens", nargs="+", type=int, metavar="T", help=f"default: {TOKENS}")
-    add("--repeats", type=int, default=30, help="samples (default: 30)")
-    add("--budget", type=float, default=2.0, metavar="SECONDS", help="of one case's samples (2)")
-    add("--seed", type=int, default=0)
-    add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
-    add("--dry-run", action="store_true", help="a few tokens on NumPy; writes only to --out")
-    add("--out", type=Path, help=f"default: bench/results/{RESULTS.name}")
-    add("--merge", action="store_true", help="keep the file's rows that this run does not repeat")
-    return parser
+    module = "bench.bench_activation"
+    return make_stage_parser(module, __doc__, RESULTS, variants=VARIANTS, tokens=TOKENS, budget=2.0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +26,7 @@ import numpy as np
 from rich.console import Console
 
 import cumoe
+from bench.arguments import make_stage_parser
 from bench.harness import copy_rate_tbps, measure, num_cold_inputs
 from bench.inputs import find_backend, free_memory, random_bf16, to_backend, to_host
 from bench.record import REPO, Row, make_row, print_table, write_results
@@ -337,22 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.bench_quantize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    add("--tokens", nargs="+", type=int, metavar="T", help=f"default: {TOKENS}")
-    add("--repeats", type=int, default=30, help="samples (default: 30)")
-    add("--budget", type=float, default=1.0, metavar="SECONDS", help="of one case's samples (1)")
-    add("--seed", type=int, default=0)
-    add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
-    add("--dry-run", action="store_true", help="a few tokens on NumPy; writes only to --out")
-    add("--out", type=Path, help=f"default: bench/results/{RESULTS.name}")
-    add("--merge", action="store_true", help="keep the file's rows that this run does not repeat")
-    return parser
+    module = "bench.bench_quantize"
+    return make_stage_parser(module, __doc__, RESULTS, variants=VARIANTS, tokens=TOKENS, budget=1.0)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 import cumoe
+from bench.arguments import make_stage_parser
 from bench.harness import measure
 from bench.inputs import find_backend, free_memory, make_bias, to_backend, to_host
 from bench.record import REPO, Row, make_row, print_table, write_results
@@ -277,22 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.bench_routing",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    module = "bench.bench_routing"
+    parser = make_stage_parser(
+        module, __doc__, RESULTS, variants=VARIANTS, tokens=TOKENS, budget=2.0
     )
-    add = parser.add_argument
-    add("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    add("--tokens", nargs="+", type=int, metavar="T", help=f"default: {TOKENS}")
-    add("--repeats", type=int, default=30, help="samples (default: 30)")
-    add("--budget", type=float, default=2.0, metavar="SECONDS", help="of one case's samples (2)")
-    add("--seed", type=int, default=0)
-    add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
-    add("--dry-run", action="store_true", help="a few tokens on NumPy; writes only to --out")
-    add("--out", type=Path, help=f"default: bench/results/{RESULTS.name}")
-    add("--merge", action="store_true", help="keep the file's rows that this run does not repeat")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     return parser
 
 
