@@ -96,12 +96,14 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """HEAD of this checkout, or ``BENCH_COMMIT`` where the tree travels without its ``.git``."""
+    """``BENCH_COMMIT``, which says what a copied tree is, or else HEAD of this checkout."""
+    if stated := os.environ.get("BENCH_COMMIT"):
+        return stated
     try:
         head = _output("git", "-C", str(REPO), "rev-parse", "HEAD")
         changes = _output("git", "-C", str(REPO), "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCH_COMMIT")
+        return None
     return f"{head}-dirty" if changes else head
 
 
