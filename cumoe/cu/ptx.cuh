@@ -32,11 +32,6 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #endif
 }
 
-/// Sleeps for about `nanoseconds` (PTX ISA, "nanosleep").
-__device__ __forceinline__ void nanosleep(uint32_t nanoseconds) {
-  asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
-}
-
 /// The same pointer, of which the compiler no longer knows where it can be read again. No instruction.
 template <typename T>
 __device__ __forceinline__ T* opaque(T* pointer) {

@@ -50,11 +50,6 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t remote) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
 
-/// Copies 4 bytes to shared memory (PTX ISA, "cp.async").
-__device__ __forceinline__ void cp_async_ca_4(uint32_t smem, const void* gmem) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(gmem) : "memory");
-}
-
 /// Arrives once when this thread's earlier cp.async copies have landed; the arrival counts among those
 /// the barrier was set up for (PTX ISA, "cp.async.mbarrier.arrive").
 __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
@@ -201,11 +196,6 @@ __device__ __forceinline__ uint32_t ld_shared_cluster_u32(uint32_t remote) {
 /// Barrier `id` over `threads` threads of the block (PTX ISA, "bar.sync").
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-/// Arrives at barrier `id` of `threads` threads without waiting (PTX ISA, "bar.arrive").
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 /// Gives up registers above N for the rest of the warpgroup's life (PTX ISA, "setmaxnreg").

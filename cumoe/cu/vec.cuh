@@ -42,30 +42,6 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return ptx::cvt_f16x2_f32(low, high);
 }
 
-/// Reads the eight elements from `index` on; the address is aligned to eight elements.
-template <int kType>
-__device__ __forceinline__ void load_8(float (&x)[8], const void* base, int64_t index) {
-  if constexpr (kType == kF32) {
-    const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(base) + index);
-    const float4 a = p[0], b = p[1];
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
-    x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-  } else if constexpr (kType == kE4m3) {
-    const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(base) + index);
-    const uint32_t words[2] = {v.x, v.y};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = f16x2_from_e4m3x2((words[i / 2] >> (16 * (i % 2))) & 0xffffu);
-      unpack_pair<kF16>(x[2 * i], x[2 * i + 1], pair);
-    }
-  } else {
-    const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + index);
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) unpack_pair<kType>(x[2 * i], x[2 * i + 1], words[i]);
-  }
-}
-
 /// Writes eight elements from `index` on, rounded to nearest even.
 template <int kType>
 __device__ __forceinline__ void store_8(void* base, int64_t index, const float (&x)[8]) {

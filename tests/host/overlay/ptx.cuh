@@ -21,8 +21,6 @@ inline uint32_t smem_address(const void* pointer, CUMOE_SITE) {
 inline void griddepcontrol_wait(CUMOE_SITE) { cumoe_host::yield(site); }
 inline void griddepcontrol_launch_dependents() {}
 
-inline void nanosleep(uint32_t, CUMOE_SITE) { cumoe_host::poll("nanosleep", site); }
-
 template <typename T>
 inline T* opaque(T* pointer) {
   return pointer;

@@ -39,13 +39,6 @@ inline void mbarrier_arrive_cluster(uint32_t remote, CUMOE_SITE) {
   cumoe_host::mbarrier_arrive(remote & 0xffffffu, 0, rank, site);
 }
 
-inline void cp_async_ca_4(uint32_t smem, const void* gmem, CUMOE_SITE) {
-  if (smem % 4 || reinterpret_cast<uintptr_t>(gmem) % 4) {
-    cumoe_host::fail(site, "cp.async from %p to shared 0x%x: not 4-byte aligned", gmem, smem);
-  }
-  cumoe_host::async_copy(cumoe_host::shared_pointer(smem, 4, site), gmem, 4, 0, site);
-}
-
 inline void cp_async_mbarrier_arrive_noinc(uint32_t barrier, CUMOE_SITE) {
   cumoe_host::async_arrive(barrier, site);
 }
@@ -136,12 +129,6 @@ inline uint32_t ld_shared_cluster_u32(uint32_t remote, CUMOE_SITE) {
 inline void named_barrier_sync(int id, int threads, CUMOE_SITE) {
   if (threads <= 0) cumoe_host::fail(site, "bar.sync of %d threads", threads);
   cumoe_host::barrier("bar.sync", id, static_cast<unsigned>(threads), true, site);
-}
-
-inline void named_barrier_arrive(int id, int threads, CUMOE_SITE) {
-  if (threads <= 0) cumoe_host::fail(site, "bar.arrive of %d threads", threads);
-  cumoe_host::barrier("bar.arrive", id, static_cast<unsigned>(threads), false, site);
-  cumoe_host::yield(site);
 }
 
 /// Register counts have no model; that all threads of the warp come here, and that N is legal, has.
