@@ -9,8 +9,9 @@ captured in a CUDA graph.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cumoe.arrays import as_native, dtype_name, empty, same_place
 from cumoe.config import (
@@ -36,6 +37,10 @@ from cumoe.validate import (
     check_type,
 )
 from cumoe.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from cumoe import comm
+    from cumoe.comm.layer import LayerRanks
 
 MAX_PLANS = 256  # plans a layer keeps; the least recently used goes first
 
@@ -171,12 +176,21 @@ class MoELayer:
         As in :func:`routed_moe`; only without `routing`.
     portable : bool
         Run the GEMMs that every GPU from compute capability 8.0 on can run, also on Hopper, which
-        has its own for fp8.
+        has its own.
+    group : comm.Group or comm.Workspace, optional
+        Ranks that run the layer together, on the same tokens: each holds its `shard` of the
+        experts, or a slice of the intermediate columns of them all (no `shard`), or both, and a
+        call returns the sum over ranks. From a group the layer makes a workspace, which
+        :meth:`close` closes; one of enough bfloat16 rows may serve any number of layers.
+        Collective.
 
     Raises
     ------
     TypeError, ValueError
-        If the parts do not fit together.
+        If the parts do not fit together; on every rank, if the layers of a group differ or their
+        shards hold some experts more often than others.
+    comm.WorkspaceError, comm.GroupError
+        If ranks cannot share memory, or one does not come.
 
     Notes
     -----
@@ -197,6 +211,7 @@ class MoELayer:
         num_experts: int | None = None,
         num_shared_experts: int = 0,
         portable: bool = False,
+        group: comm.Group | comm.Workspace | None = None,
     ) -> None:
         check_type("portable", portable, bool, "a bool")
         spec = check_layer(weights, routing, shard, activation, num_experts, num_shared_experts)
@@ -213,6 +228,16 @@ class MoELayer:
         if weights.is_device:
             self._workspace = Workspace(weights.w13)
             self._reserve()
+        self._ranks: LayerRanks | None = None
+        if group is not None:
+            from cumoe.comm.layer import LayerRanks
+
+            self._ranks = LayerRanks(group, self._spec, self.max_num_tokens)
+
+    def close(self) -> None:
+        """Close the workspace that the layer made of a group, if it did; collective."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     @property
     def weights(self) -> ExpertWeights:
@@ -233,18 +258,26 @@ class MoELayer:
         finalize: bool = True,
         out: Any = None,
         replay_out: Any = None,
-    ) -> Array | ExpertParts:
+        shared_output: Any = None,
+        epilogue: comm.Epilogue | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> Any:
         """Run the layer; see :func:`moe` (with `logits`) and :func:`routed_moe` (with `topk`).
 
         Parameters
         ----------
         x, logits, topk, finalize, out, replay_out
             Exactly one of `logits` and `topk`. Without `out` the result is the only allocation.
+        shared_output, epilogue, outputs
+            Only with a group; see :func:`comm.finalize_allreduce`. With an epilogue or outputs
+            `out` is an AllReduced, else a bfloat16 array.
 
         Returns
         -------
-        array or ExpertParts
-            Parts are views of the workspace, valid until the next call.
+        array, ExpertParts or comm.AllReduced
+            Parts are views of the workspace, and this rank's, valid until the next call. With a
+            group the sum over ranks, or, with an epilogue or outputs, an AllReduced; the same bits
+            on every rank.
 
         Raises
         ------
@@ -256,17 +289,39 @@ class MoELayer:
             raise ValueError(f"logits: expected exactly one of logits and topk, got {got}")
         if logits is not None and self._spec.routing is None:
             raise ValueError("logits: this layer was built without routing; pass topk")
-        call = check_call(self._spec, x, logits, topk, self._bias, finalize, out, replay_out)
+        check_type("finalize", finalize, bool, "a bool")
+        summed = self._ranks is not None and finalize
+        extras = {"shared_output": shared_output, "epilogue": epilogue, "outputs": outputs}
+        if not summed:
+            for name, value in extras.items():
+                if value is not None:
+                    raise ValueError(f"{name}: expected None without a group that sums the parts")
+        own = (False, None) if summed else (finalize, out)
+        call = check_call(self._spec, x, logits, topk, self._bias, own[0], own[1], replay_out)
         if call.num_tokens > self.max_num_tokens:
             raise ValueError(
                 f"x: expected at most max_num_tokens = {self.max_num_tokens} rows, "
                 f"got {call.num_tokens}"
             )
+        if self._ranks is not None and summed:
+            return self._sum_over(self._ranks, call, out, extras)
         if self._workspace is None or call.num_tokens == 0:
             return _run(self._spec, call, finalize, out)
         plan = self._plan(call)
         _queue(plan, call)
         return plan.parts_of(call) if call.out is None else call.out if out is None else out
+
+    def _sum_over(
+        self, ranks: LayerRanks, call: LayerCall, out: Any, extras: dict[str, Any]
+    ) -> Array | comm.AllReduced:
+        """Run this rank's experts, and sum the parts over all ranks."""
+        if self._workspace is None or call.num_tokens == 0:
+            parts = _run(self._spec, call, False, None)
+            return ranks.prepare(parts, out, **extras).run()
+        plan = self._plan(call)
+        last = ranks.prepare(plan.parts_of(call), out, **extras)
+        _queue(plan, call)
+        return last.run()
 
     def plan(self, num_tokens: int) -> DevicePlan:
         """Return the plan of a call from float32 logits (for reports and benchmarks).

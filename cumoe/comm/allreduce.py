@@ -8,7 +8,7 @@ same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cumoe import kernels
@@ -121,6 +121,32 @@ def finalize_allreduce(
     >>> done.sum[:, 0].astype(int).tolist()
     [5, 2]
     """
+    return prepare_finalize(
+        rows,
+        topk_weights,
+        permuted_idx,
+        workspace,
+        routed_scaling_factor=routed_scaling_factor,
+        shared_output=shared_output,
+        epilogue=epilogue,
+        outputs=outputs,
+        out=out,
+    ).run()
+
+
+def prepare_finalize(
+    rows: Any,
+    topk_weights: Any,
+    permuted_idx: Any,
+    workspace: Any,
+    *,
+    routed_scaling_factor: float = 1.0,
+    shared_output: Any = None,
+    epilogue: Epilogue | None = None,
+    outputs: Sequence[str] | None = None,
+    out: AllReduced | None = None,
+) -> AllReduce:
+    """Check the arguments of :func:`finalize_allreduce`; the rows may be written before the run."""
     rows = as_native(rows, "rows", HALVES, ndim=2)
     index = as_native(permuted_idx, "permuted_idx", ("int32",), ndim=2)
     if not 1 <= index.shape[1] <= MAX_COLUMNS:
@@ -131,7 +157,7 @@ def finalize_allreduce(
     factor = check_finite("routed_scaling_factor", routed_scaling_factor)
     tokens = Tokens("rows", rows, weights, index, routed_scaling_factor=factor)
     given = {"rows": rows, "topk_weights": weights, "permuted_idx": index}
-    return _run(tokens, given, shared_output, workspace, epilogue, outputs, out)
+    return _prepare(tokens, given, shared_output, workspace, epilogue, outputs, out)
 
 
 def reduce_allreduce(
@@ -179,7 +205,7 @@ def reduce_allreduce(
         weights = as_native(weights, "expert_weights", FLOATS, shape=rows.shape[:2])
     given = {"rows": rows, "expert_weights": weights}
     tokens = Tokens("experts", rows, weights)
-    return _run(tokens, given, shared_output, workspace, epilogue, outputs, out)
+    return _prepare(tokens, given, shared_output, workspace, epilogue, outputs, out).run()
 
 
 def allreduce(
@@ -213,10 +239,37 @@ def allreduce(
     The sum is float32, by ascending rank, and rounded once. As :func:`finalize_allreduce`.
     """
     x = as_native(x, "x", FLOATS, ndim=2)
-    return _run(Tokens("plain", x), {"x": x}, None, workspace, epilogue, outputs, out)
+    return _prepare(Tokens("plain", x), {"x": x}, None, workspace, epilogue, outputs, out).run()
 
 
-def _run(
+@dataclass(frozen=True, eq=False)
+class AllReduce:
+    """A checked op of one rank: what goes in, what comes out, and through which memory."""
+
+    tokens: Tokens
+    native: AllReduced
+    workspace: Any
+    out: AllReduced | None
+
+    def launches(self) -> list[kernels.Launch]:
+        """Return what a device runs; nothing without tokens."""
+        if not self.tokens.num_tokens:
+            return []
+        device = get_device(int(self.tokens.rows.device.id))
+        return plan_launches(self.tokens, self.native, self.workspace, device)
+
+    def run(self) -> AllReduced:
+        """Run the kernel or the twin."""
+        if is_device(self.tokens.rows):
+            kernels.run(self.launches(), self.tokens.rows)
+        else:
+            made = isinstance(self.workspace, Workspace)
+            group = self.workspace.group if made else self.workspace
+            _run_twin(self.tokens, self.native, group)
+        return self.native if self.out is None else self.out
+
+
+def _prepare(
     tokens: Tokens,
     given: dict[str, Array | None],
     shared: Any,
@@ -224,8 +277,8 @@ def _run(
     epilogue: Epilogue | None,
     outputs: Sequence[str] | None,
     out: AllReduced | None,
-) -> AllReduced:
-    """Check what the ops have in common, and run the kernel or the twin."""
+) -> AllReduce:
+    """Check what the ops have in common."""
     rows, shape = tokens.rows, (tokens.num_tokens, tokens.hidden_size)
     name = "x" if tokens.policy == "plain" else "rows"
     check_multiple(name, "hidden_size", shape[1], 8)
@@ -238,7 +291,7 @@ def _run(
     given |= after.arrays()
     same_place(given)
     wanted = select_outputs(after, outputs, out)
-    group = _check_workspace(workspace, rows, shape)
+    _check_workspace(workspace, rows, shape)
     native = AllReduced(*output_arrays(rows, dtype, shape, after, wanted, out, given))
     quantized = native.quantized
     values = None if quantized is None else quantized.values
@@ -256,23 +309,17 @@ def _run(
         quant_scale=after.quant_scale,
         group_size=after.group_size if quantized is not None else 0,
     )
-    if is_device(rows):
-        if shape[0]:
-            device = get_device(int(rows.device.id))
-            kernels.run(plan_launches(tokens, native, workspace, device), rows)
-    else:
-        _run_twin(tokens, native, group)
-    return native if out is None else out
+    return AllReduce(tokens, native, workspace, out)
 
 
-def _check_workspace(workspace: Any, rows: Array, shape: tuple[int, int]) -> Any:
-    """Return the group of a workspace that can take the call; NumPy arrays need no more."""
+def _check_workspace(workspace: Any, rows: Array, shape: tuple[int, int]) -> None:
+    """Raise unless a workspace can take the call; NumPy arrays need no more than a group."""
     if not isinstance(workspace, Workspace):
         if is_device(rows) or not hasattr(workspace, "allgather"):
             more = "" if is_device(rows) else " or, for NumPy arrays, a group"
             kind = type(workspace).__name__
             raise TypeError(f"workspace: expected a Workspace{more}, got {kind}")
-        return workspace
+        return
     if workspace.closed:
         raise ValueError("workspace: expected an open one, got a closed one")
     have = (workspace.max_num_tokens, workspace.hidden_size)
@@ -289,7 +336,6 @@ def _check_workspace(workspace: Any, rows: Array, shape: tuple[int, int]) -> Any
             f"workspace: expected one of cuda:{rows.device.id} like the arrays, got one of "
             f"cuda:{workspace.device}"
         )
-    return workspace.group
 
 
 def plan_launches(
