@@ -41,15 +41,19 @@ class Launch:
     params: np.ndarray
     _prepared: PreparedLaunch | None = None
 
-    def run(self, device: Device, stream_ptr: int) -> None:
-        """Queue the launch on a stream of the device, which is current."""
+    def prepare(self, device: Device) -> PreparedLaunch:
+        """Load the kernel, if that has not been done; the device is current."""
         if self._prepared is None:
             config = self.config
             if device.compute_capability < (9, 0):
                 config = replace(config, programmatic=False)
             kernel = get_kernel(self.spec, device)
             self._prepared = PreparedLaunch(kernel, config, self.params, device)
-        self._prepared.run(stream_ptr)
+        return self._prepared
+
+    def run(self, device: Device, stream_ptr: int) -> None:
+        """Queue the launch on a stream of the device, which is current."""
+        self.prepare(device).run(stream_ptr)
 
 
 def make(

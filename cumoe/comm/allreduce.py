@@ -261,7 +261,9 @@ class AllReduce:
     def run(self) -> AllReduced:
         """Run the kernel or the twin."""
         if is_device(self.tokens.rows):
-            kernels.run(self.launches(), self.tokens.rows)
+            launches = self.launches()
+            if launches:
+                self.workspace.queue(launches)
         else:
             made = isinstance(self.workspace, Workspace)
             group = self.workspace.group if made else self.workspace

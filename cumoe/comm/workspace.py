@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ from cumoe.comm.group import (
 from cumoe.comm.layout import SENTINEL, STATE_WORDS, workspace_bytes
 from cumoe.comm.peer_memory import PeerMemory
 from cumoe.config import check_int
+from cumoe.kernels import Launch
+from cumoe.launch import get_device
 
 __all__ = ["Workspace", "WorkspaceError"]
 
@@ -193,6 +195,25 @@ class Workspace:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("workspace: expected an open one, got a closed one")
+
+    def queue(self, launches: Sequence[Launch]) -> None:
+        """Queue an op's launches on CuPy's current stream of the workspace's device.
+
+        NOTE: ranks of one process do it together. Until its peers have launched theirs, a rank's
+        kernel does not end, and CUDA may let allocations and the loading of kernels anywhere in the
+        process wait for it, behind locks that the peers' launches need.
+        """
+        device = get_device(self.device)
+        with self._memory.use(self.device):
+            if self.kind == "peer":
+                for launch in launches:
+                    launch.prepare(device)
+                allgather_within(self.group, None, self._timeout_s)
+            stream = self._memory.stream()
+            for launch in launches:
+                launch.run(device, stream)
+            if self.kind == "peer":
+                allgather_within(self.group, None, self._timeout_s)
 
     def close(self) -> None:
         """Wait for all ranks' work, unmap the peers' memory and free the own; collective.
