@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cumoe import kernels
 from cumoe.arrays import as_native, dtype_name, is_device, same_place
 from cumoe.comm.epilogue import Epilogue, check_epilogue, output_arrays, select_outputs
@@ -407,13 +409,7 @@ def _run_twin(tokens: Tokens, native: AllReduced, group: Any) -> None:
         part = reference.part_of_experts(tokens.rows, tokens.weights, **common)
     else:
         part = reference.part_of_values(tokens.rows)
-    parts = [part] if int(group.size) == 1 else group.allgather(part)
-    for rank, other in enumerate(parts):
-        if other.shape != part.shape or other.dtype != part.dtype:
-            raise ValueError(
-                f"rank {group.rank} calls with shape {part.shape} and dtype {part.dtype}, rank "
-                f"{rank} with {other.shape} and {other.dtype}"
-            )
+    parts = [part] if int(group.size) == 1 else _gather(group, part)
     done = reference.reduce_parts(
         parts,
         residual=tokens.residual,
@@ -439,3 +435,16 @@ def _run_twin(tokens: Tokens, native: AllReduced, group: Any) -> None:
             whole_columns(native.quantized.scale, stride)[...] = words
         elif tokens.quantize != "fp8_tensor":
             native.quantized.scale[...] = done.quantized.scale
+
+
+def _gather(group: Any, part: Array) -> list[Array]:
+    """Return the parts of all ranks; groups carry plain data, so arrays go as bytes."""
+    own = (tuple(int(n) for n in part.shape), dtype_name(part))
+    found = group.allgather((*own, part.tobytes()))
+    for rank, (*other, _) in enumerate(found):
+        if (tuple(other[0]), other[1]) != own:
+            raise ValueError(
+                f"rank {group.rank} calls with shape {own[0]} and dtype {own[1]}, rank {rank} with "
+                f"{tuple(other[0])} and {other[1]}"
+            )
+    return [np.frombuffer(data, part.dtype).reshape(part.shape) for *_, data in found]
