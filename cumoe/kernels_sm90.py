@@ -14,12 +14,20 @@ from cumoe.arrays import address
 from cumoe.config import Activation, Array, Permutation
 from cumoe.kernels import GemmOperand, Launch, activation_fields, blocks, make, scale_strides
 from cumoe.launch import KernelSpec, encode_tiled
-from cumoe.tuning import ROW_BYTES, GroupedGemmProblem, Sm90Config, sm90_smem_bytes
+from cumoe.tuning import (
+    ROW_BYTES,
+    SM90_ROWS,
+    GroupedGemmProblem,
+    Sm90Config,
+    sm90_smem_bytes,
+)
 
 
 def grouped_gemm_spec(problem: GroupedGemmProblem, config: Sm90Config) -> KernelSpec:
     """Return the Hopper grouped GEMM for a problem and a configuration."""
     recipe = "fp8" if problem.dtype == "float8_e4m3fn" else "bf16"
+    if recipe == "fp8" and config.block_n == SM90_ROWS:
+        recipe = "fp8_rows"
     return KernelSpec(
         f"sm90_{recipe}_grouped_gemm",
         (

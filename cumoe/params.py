@@ -141,4 +141,5 @@ PARAMS: dict[str, np.dtype] = {
     ),
     "sm90_bf16_grouped_gemm": _SM90_GROUPED_GEMM,
     "sm90_fp8_grouped_gemm": _SM90_GROUPED_GEMM,
+    "sm90_fp8_rows_grouped_gemm": _SM90_GROUPED_GEMM,
 }

@@ -11,6 +11,7 @@ from tests.host import cases, loader
 from tests.host.mutations import BARRIER, Mutation
 from tests.host.quantize_mutations import QUANTIZE_MUTATIONS
 from tests.host.routing_mutations import ROUTING_MUTATIONS
+from tests.host.rows_mutations import ROWS_MUTATIONS
 
 MAX_SEEDS = 12
 
@@ -31,6 +32,7 @@ IDLE = "clusters, a block without rows"
 MUTATIONS = {
     **ROUTING_MUTATIONS,
     **QUANTIZE_MUTATIONS,
+    **ROWS_MUTATIONS,
     # Removed block barriers, every one there is.
     "finalize: barrier": Mutation("finalize.cu", BARRIER, "", case="tails"),
     "weights: barrier": Mutation("quantize_fp8_weights.cu", BARRIER, "", case="tails"),

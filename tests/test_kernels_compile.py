@@ -69,6 +69,7 @@ MAX_REGISTERS = {
     "sm80_grouped_gemm": 255,
     "sm90_bf16_grouped_gemm": 168,
     "sm90_fp8_grouped_gemm": 168,
+    "sm90_fp8_rows_grouped_gemm": 168,
     "tensor_amax": 56,
 }
 """Registers a thread may take: the most over all architectures with NVRTC 12.9, rounded up to a

@@ -16,6 +16,10 @@
 // From -D   GATED ACTIVATED (the epilogue is the activation; always with GATED) GATHER BLOCK_N NUM_STAGES NUM_CHUNKS CLUSTER
 #pragma once
 
+#ifndef WHOLE_BLOCKS
+#define WHOLE_BLOCKS 0  // an expert's tokens fill one block after the other, rather than evenly
+#endif
+
 #include "activation.cuh"
 #include "tma.cuh"
 #include "vec.cuh"
@@ -57,7 +61,7 @@ constexpr int kHalfBytes = 128 * 128;
 constexpr int kStageBytes = 2 * kHalfBytes + BLOCK_N * 128;
 constexpr int kBoxRows = BLOCK_N > 64 && BLOCK_N % 16 == 0 ? BLOCK_N / 2 : BLOCK_N;
 constexpr bool kWriters = !GATHER;  // warps 1 and 2 write finished rows
-constexpr int kChunkTokens = 32, kChunkBytes = kChunkTokens * 128;
+constexpr int kChunkTokens = WHOLE_BLOCKS ? 64 : 32, kChunkBytes = kChunkTokens * 128;
 
 static_assert(ACTIVATED || !GATED, "gate and up come together in the activation");
 static_assert(CLUSTER == 1 || CLUSTER == 2, "a block loads both weight halves or one");
@@ -101,7 +105,7 @@ struct Tile {
     const int local = item - first / p.tile * p.num_column_tiles;
     column_tile = local / tiles;
     // The expert's rows in equal steps of eight over the blocks of its tiles.
-    const int height = ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
+    const int height = WHOLE_BLOCKS ? BLOCK_N : ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
     const int begin = ((local - column_tile * tiles) * CLUSTER + rank) * height;
     rows = max(min(height, count - begin), 0);
     row0 = first + (rows > 0 ? begin : 0);  // without rows one that may be read
