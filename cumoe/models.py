@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from cumoe.config import Activation, Routing
 
-Recipe = Literal["bf16", "fp8_block"]
+Recipe = Literal["bf16", "fp8_block", "fp8_tensor"]
 
 SCALE_BLOCK = 128
 """Rows and columns of a weight block that share a scale."""
@@ -95,9 +95,13 @@ class ModelShape:
         elems = 3 * self.hidden_size * self.intermediate_size
         if recipe == "bf16":
             return 2 * elems
-        if recipe != "fp8_block":
-            raise ValueError(f"recipe: expected 'bf16' or 'fp8_block', got {recipe!r}")
-        num_scales = 3 * _blocks(self.hidden_size) * _blocks(self.intermediate_size)
+        if recipe not in ("fp8_block", "fp8_tensor"):
+            raise ValueError(
+                f"recipe: expected 'bf16', 'fp8_block' or 'fp8_tensor', got {recipe!r}"
+            )
+        num_scales = 3
+        if recipe == "fp8_block":
+            num_scales *= _blocks(self.hidden_size) * _blocks(self.intermediate_size)
         return elems + 4 * num_scales
 
     def active_weight_bytes(self, num_active_experts: int, recipe: Recipe) -> int:

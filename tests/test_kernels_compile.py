@@ -67,8 +67,8 @@ MAX_REGISTERS = {
     "routing_permute": 256,
     "routing_topk": 168,
     "sm80_grouped_gemm": 255,
-    "sm90_bf16_grouped_gemm": 168,
     "sm90_fp8_grouped_gemm": 168,
+    "sm90_grouped_gemm": 168,
     "tensor_amax": 56,
 }
 """Registers a thread may take: the most over all architectures with NVRTC 12.9, rounded up to a
