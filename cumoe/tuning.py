@@ -201,8 +201,10 @@ def _sm90_chunks(block_n: int, problem: GroupedGemmProblem) -> tuple[int, int]:
 
 def _sm90_max_block_n(problem: GroupedGemmProblem) -> int:
     """Return the most tokens a block takes, whose sums must fit its registers."""
-    if problem.dtype == "bfloat16" and problem.gather and not problem.gated:
-        return 176  # consumers that copy rows of two parts need registers for it
+    # Consumers that copy rows of two parts, or scale them by weights, need registers for it.
+    needs_registers = problem.dtype == "bfloat16" or problem.weights_dtype is not None
+    if needs_registers and problem.gather and not problem.gated:
+        return 176
     return SM90_MAX_BLOCK_N[problem.dtype]
 
 
