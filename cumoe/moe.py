@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cumoe.arrays import as_native, dtype_name, empty, same_place
+from cumoe.arrays import as_native, empty, same_place
 from cumoe.config import (
     MAX_TOP_K,
     Activation,
@@ -61,12 +61,14 @@ def moe(
     """Run a mixture-of-experts layer from router logits.
 
     ``out[t] = sum over k of weight[t, k] * w2[e] @ act(gate[e] @ x[t], up[e] @ x[t])`` with
-    ``e = ids[t, k]`` chosen by :func:`route`; shared experts take part with weight 1.
+    ``e = ids[t, k]`` chosen by :func:`route`; shared experts take part with weight 1. With
+    ``routing.weights_on_input`` the weight multiplies ``gate[e] @ x[t]`` and ``up[e] @ x[t]``.
 
     Parameters
     ----------
     x : array, shape (num_tokens, hidden_size), C-contiguous, or Quantized
-        bfloat16 for bfloat16 weights; bfloat16, float16, float32 or Quantized for fp8 weights.
+        bfloat16 for bfloat16 weights; bfloat16, float16, float32 or Quantized for fp8 weights,
+        its block (1, 128), or (None, None) for recipe ``"fp8_tensor"``.
     logits : array, float32 or bfloat16, shape (num_tokens, num_experts)
     weights : ExpertWeights
         The experts of `shard`, then the shared experts.
@@ -95,10 +97,10 @@ def moe(
 
     Notes
     -----
-    Accumulates in float32. Rounding points: fp8 recipe: x to fp8 (1 x 128), the activation's result
-    to fp8 (1 x 128), rows and result to bfloat16; bf16 recipe: the activation's result, rows and
-    result to bfloat16. Bitwise repeatable. Queued on CuPy's current stream, no host
-    synchronisation.
+    Accumulates in float32. Rounding points: fp8_block recipe: x to fp8 (1 x 128), the activation's
+    result to fp8 (1 x 128), rows and result to bfloat16; fp8_tensor recipe: likewise by the static
+    scales of the weights; bf16 recipe: the activation's result, rows and result to bfloat16.
+    Bitwise repeatable. Queued on CuPy's current stream, no host synchronisation.
     """
     check_type("routing", routing, Routing, "a Routing")
     layer = check_layer(weights, routing, shard, activation, None, 0)
@@ -113,6 +115,7 @@ def routed_moe(
     *,
     num_experts: int | None = None,
     num_shared_experts: int = 0,
+    weights_on_input: bool = False,
     shard: ExpertShard | None = None,
     activation: Activation | None = None,
     finalize: bool = True,
@@ -134,6 +137,8 @@ def routed_moe(
     num_shared_experts : int
         How many of the last experts of `weights` are shared: every token uses them with weight 1,
         beside the given columns.
+    weights_on_input : bool
+        As in :class:`Routing`; `topk` then has one column.
     shard, activation, finalize, out
         As in :func:`moe`.
 
@@ -152,7 +157,9 @@ def routed_moe(
     As :func:`moe`; with the ids and weights that :func:`route` returns the result has the same
     bits.
     """
-    layer = check_layer(weights, None, shard, activation, num_experts, num_shared_experts)
+    layer = check_layer(
+        weights, None, shard, activation, num_experts, num_shared_experts, weights_on_input
+    )
     call = check_call(layer, x, None, topk, None, finalize, out, None)
     return _run(layer, call, finalize, out)
 
@@ -172,7 +179,7 @@ class MoELayer:
         The router's selection bias.
     shard, activation
         As in :func:`moe`.
-    num_experts, num_shared_experts
+    num_experts, num_shared_experts, weights_on_input
         As in :func:`routed_moe`; only without `routing`.
     portable : bool
         Run the GEMMs that every GPU from compute capability 8.0 on can run, also on Hopper, which
@@ -210,11 +217,14 @@ class MoELayer:
         activation: Activation | None = None,
         num_experts: int | None = None,
         num_shared_experts: int = 0,
+        weights_on_input: bool = False,
         portable: bool = False,
         group: comm.Group | comm.Workspace | None = None,
     ) -> None:
         check_type("portable", portable, bool, "a bool")
-        spec = check_layer(weights, routing, shard, activation, num_experts, num_shared_experts)
+        spec = check_layer(
+            weights, routing, shard, activation, num_experts, num_shared_experts, weights_on_input
+        )
         self._spec = replace(spec, portable=portable)
         self.max_num_tokens = check_int("max_num_tokens", max_num_tokens, 1)
         if bias is not None:
@@ -415,15 +425,15 @@ def _run(spec: LayerSpec, call: LayerCall, finalize: bool, out: Any) -> Array | 
 
 def _no_parts(spec: LayerSpec, call: LayerCall) -> ExpertParts:
     """Return the parts of a call without tokens."""
-    dtype = "bfloat16" if call.topk_weights is None else dtype_name(call.topk_weights)
     if call.ids is not None:
         columns = int(call.ids.shape[1])
     else:
         assert spec.routing is not None
-        columns, dtype = spec.routing.top_k, spec.routing.weights_dtype
+        columns = spec.routing.top_k
     shape = (0, columns + spec.num_shared)
     rows = empty(call.x, (0, spec.weights.hidden_size), "bfloat16")
-    return ExpertParts(rows, empty(call.x, shape, dtype), empty(call.x, shape, "int32"))
+    weights = None if spec.weights_on_input else empty(call.x, shape, call.weights_dtype(spec))
+    return ExpertParts(rows, weights, empty(call.x, shape, "int32"))
 
 
 def _queue(plan: DevicePlan, call: LayerCall) -> None:
@@ -447,7 +457,7 @@ def _on_host(spec: LayerSpec, call: LayerCall) -> ExpertParts:
         call.x_scale,
         topk,
         spec.weights,
-        fp8=spec.fp8,
+        weights_on_input=spec.weights_on_input,
         num_experts=spec.num_experts,
         num_shared_experts=spec.num_shared,
         shard=spec.shard,

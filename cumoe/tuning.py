@@ -14,6 +14,9 @@ STATIC_SMEM_BYTES = 2048  # the epilogue's own shared memory, at most
 MAX_STAGES = 4
 TILES = (16, 32, 64, 128)
 MAX_ACCUMULATORS = 128  # per thread, beside fragments and addresses
+FP8_TENSOR = "fp8_tensor"
+"""Element type of a problem: float8_e4m3fn with a scale for the tensor, summed like bfloat16, where
+``"float8_e4m3fn"`` has one for each block."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class GroupedGemmProblem:
     Parameters
     ----------
     dtype : str
-        ``"bfloat16"``, ``"float16"`` or ``"float8_e4m3fn"``.
+        ``"bfloat16"``, ``"float16"``, ``"float8_e4m3fn"`` or :data:`FP8_TENSOR`.
     output_dtype : str
         Any of these or ``"float32"``.
     gated : bool
@@ -34,6 +37,8 @@ class GroupedGemmProblem:
         Tile height of the permutation.
     activated : bool
         The epilogue is an activation without a gate.
+    weights_dtype : str, optional
+        Of the tokens' weights that are applied before the activation.
     """
 
     dtype: str
@@ -42,6 +47,7 @@ class GroupedGemmProblem:
     gather: bool
     tile: int
     activated: bool = False
+    weights_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,14 +158,15 @@ SM90_ARCH = "sm_90a"
 SM90_SMEM_BYTES = 232448
 SM90_MAX_STAGES = 6
 SM90_CHUNK_BYTES = 32 * 128  # finished rows on their way out: 64 bf16 columns of 32 tokens
-SM90_MAX_BLOCK_N = {"bfloat16": 192, "float8_e4m3fn": 88}  # accumulators and products in registers
+# accumulators and products in registers
+SM90_MAX_BLOCK_N = {"bfloat16": 192, "float8_e4m3fn": 88, FP8_TENSOR: 192}
+SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4, FP8_TENSOR: 3}  # fp8 takes two at a time
+
 SM90_ROWS = 128
 """Tokens of a block of ``sm90_fp8_rows_grouped_gemm``, which no other fp8 kernel has."""
 
 SM90_ROWS_COST = 310
 """What a tile of two such blocks costs, in tokens of the other kernels' tiles."""
-
-SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4}  # fp8 takes two at a time
 
 
 @dataclass(frozen=True)
@@ -210,8 +217,10 @@ def _sm90_chunks(block_n: int, problem: GroupedGemmProblem) -> tuple[int, int]:
 
 def _sm90_max_block_n(problem: GroupedGemmProblem) -> int:
     """Return the most tokens a block takes, whose sums must fit its registers."""
-    if problem.dtype == "bfloat16" and problem.gather and not problem.gated:
-        return 176  # consumers that copy rows of two parts need registers for it
+    # Consumers that copy rows of two parts, or scale them by weights, need registers for it.
+    needs_registers = problem.dtype == "bfloat16" or problem.weights_dtype is not None
+    if needs_registers and problem.gather and not problem.gated:
+        return 176
     return SM90_MAX_BLOCK_N[problem.dtype]
 
 
@@ -318,8 +327,8 @@ def select_sm90_tile(num_slots: int, num_experts: int, dtype: str) -> int:
     288 2112.
     """
     mean = num_slots / max(num_experts, 1)
-    fixed = {"bfloat16": 40, "float8_e4m3fn": 30}[dtype]  # tokens that cost as much
-    alone = {"bfloat16": 1.1, "float8_e4m3fn": 1.19}[dtype]  # of a block without a partner
+    fixed = {"bfloat16": 40, "float8_e4m3fn": 30}.get(dtype, 40)  # tokens that cost as much
+    alone = {"bfloat16": 1.1, "float8_e4m3fn": 1.19}.get(dtype, 1.1)  # of a block without a partner
 
     def cost(height: int) -> float:
         tiles = 1.0

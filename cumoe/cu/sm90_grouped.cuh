@@ -28,16 +28,16 @@
 namespace cumoe {
 
 struct Params {
-  TensorMap a_map;                // (rows, bytes of k) in boxes of kBoxRows rows; not GATHER
-  TensorMap w_map;                // (num_local, halves, rows, k-blocks, bytes), boxes of 128 rows
-  const uint8_t* a;               // (rows, k)
-  const float* a_scale;           // fp8: (rows, k-blocks) at the strides below
-  const float* w_scale;           // fp8: (num_local, w_scale_rows, k-blocks)
-  void* out;                      // (max_rows, n)
-  float* out_scale;               // fp8 output: (max_rows, ceil(n / 128))
-  const int32_t* token_idx;       // (max_rows,)
-  const int32_t* tile_expert;     // (max_tiles,)
-  const int32_t* expert_offsets;  // (num_local + 1,)
+  TensorMap a_map;       // (rows, bytes of k) in boxes of kBoxRows rows; not GATHER
+  TensorMap w_map;       // (num_local, halves, rows, k-blocks, bytes), boxes of 128 rows
+  const uint8_t* a;      // (rows, k)
+  const float* a_scale;  // fp8: (rows, k-blocks) at the strides below; of tensors (num_local,)
+  const float* w_scale;  // fp8: (num_local, w_scale_rows, k-blocks); of tensors without k-blocks
+  void* out;             // (max_rows, n)
+  float* out_scale;      // fp8 output: (max_rows, ceil(n / 128)); of tensors (num_local,), read
+  const int32_t* token_idx;          // (max_rows,)
+  const int32_t* tile_expert;        // (max_tiles,)
+  const int32_t* expert_offsets;     // (num_local + 1,)
   const int32_t* tokens_per_expert;  // (num_local,)
   const int32_t* num_tiles;          // (1,)
   int64_t a_scale_row_stride;        // in elements
@@ -54,6 +54,9 @@ struct Params {
   int32_t second_scale_row;
   int32_t block_major;  // k-blocks are a dimension of their own in w_map
   ActivationParams activation;
+  const void* token_weights;  // WEIGHTS_TYPE: (num_tokens, columns), of which column 0 is read
+  int32_t token_weights_columns;
+  int32_t num_weighted;  // experts before this one multiply by them
 };
 
 constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
@@ -257,18 +260,28 @@ __device__ __forceinline__ int chunk_offset(int token, int piece) {
   return token * 128 + ((piece ^ token % 8) << 4);
 }
 
+/// 16 columns of one byte, from pairs of columns eight apart to their order.
+__device__ __forceinline__ uint4 columns_in_order(uint4 v) {
+  return make_uint4(__byte_perm(v.x, v.y, 0x6420), __byte_perm(v.z, v.w, 0x6420),
+                    __byte_perm(v.x, v.y, 0x7531), __byte_perm(v.z, v.w, 0x7531));
+}
+
 /// `threads` threads copy a chunk to its rows: tokens from `token0` of the tile, columns from `column0`.
+/// Columns of one byte fill half a chunk, in the pairs that stmatrix takes.
+template <int ELEM_BYTES = 2>
 __device__ __forceinline__ void copy_chunk(const Params& p, const Tile& tile, const uint8_t* chunk,
                                            int token0, int column0, int thread, int threads) {
-  const int piece = thread % 8, column = column0 + piece * 8;
+  constexpr int kPieces = 64 * ELEM_BYTES / 16;  // of a token's columns
+  const int piece = thread % kPieces, column = column0 + piece * (16 / ELEM_BYTES);
   if (column >= p.n) return;
-  uint8_t* out =
-      static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(tile.row0 + token0) * p.n + column) * 2;
+  uint8_t* out = static_cast<uint8_t*>(p.out) +
+                 (static_cast<int64_t>(tile.row0 + token0) * p.n + column) * ELEM_BYTES;
 #pragma unroll 4
-  for (int token = thread / 8; token < kChunkTokens; token += threads / 8) {
+  for (int token = thread / kPieces; token < kChunkTokens; token += threads / kPieces) {
     if (token0 + token >= tile.rows) break;
-    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * p.n * 2) =
-        *reinterpret_cast<const uint4*>(chunk + chunk_offset(token, piece));
+    const uint4 v = *reinterpret_cast<const uint4*>(chunk + chunk_offset(token, piece));
+    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * p.n * ELEM_BYTES) =
+        ELEM_BYTES == 1 ? columns_in_order(v) : v;
   }
 }
 
@@ -328,6 +341,7 @@ __device__ __forceinline__ void store_bf16(const Params& p, Shared& smem, const 
 }
 
 /// One warp writes what consumer `group` hands over.
+template <int ELEM_BYTES = 2>
 __device__ __forceinline__ void write_rows(const Params& p, Shared& smem, const Work& work,
                                            int group, int lane) {
   Ring<NUM_CHUNKS> ring;
@@ -336,8 +350,8 @@ __device__ __forceinline__ void write_rows(const Params& p, Shared& smem, const 
     for (int part = 0; part < kParts; ++part) {
       for (int token0 = 0; token0 < tile.rows; token0 += kChunkTokens, ring.advance()) {
         ring.wait(smem.staged[group], ring.phase);
-        copy_chunk(p, tile, smem.chunks[group][ring.slot], token0, first_column(tile, part, group),
-                   lane, kWarpSize);
+        copy_chunk<ELEM_BYTES>(p, tile, smem.chunks[group][ring.slot], token0,
+                               first_column(tile, part, group), lane, kWarpSize);
         arrive_warp(smem.drained[group][ring.slot], lane);
       }
     }
