@@ -131,7 +131,7 @@ class _Gemm:
         close("y", got, want, FP8 if tensors else self.out_dtype)
         padding = np.flatnonzero(p.token_idx < 0)
         assert (y[padding].view(np.uint8) == 0xFF).all(), "y: padding rows were written"
-        if y_scale is not None:
+        if y_scale is not None and not tensors:
             assert np.isnan(y_scale[padding]).all(), "scale: padding rows were written"
 
 
