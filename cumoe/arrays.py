@@ -245,3 +245,21 @@ def empty(like: Array, shape: Sequence[int], dtype: str) -> Array:
     want = DTYPES["uint8"] if dtype == FP8 else DTYPES[dtype]
     with cupy.cuda.Device(like.device.id):
         return cupy.empty(tuple(shape), want)
+
+
+def zeros(like: Array, shape: Sequence[int], dtype: str) -> Array:
+    """Allocate zeros of `dtype` beside `like`; no host synchronisation."""
+    if not is_device(like):
+        return np.zeros(tuple(shape), DTYPES[dtype])
+    import cupy
+
+    with cupy.cuda.Device(like.device.id):
+        return cupy.zeros(tuple(shape), DTYPES[dtype])
+
+
+def wait_for(like: Array) -> None:
+    """Wait for what is queued on CuPy's current stream of an array's device."""
+    import cupy
+
+    with cupy.cuda.Device(like.device.id):
+        cupy.cuda.get_current_stream().synchronize()

@@ -220,13 +220,16 @@ def plan_gemm(
     config: GroupedGemmConfig | Sm90Config,
     activation: Activation,
     token_weights: kernels.TokenWeights | None = None,
+    queue: Array | None = None,
 ) -> kernels.Launch:
-    """Return the launch of a checked problem."""
+    """Return the launch of a checked problem; `queue` is for Hopper's own kernels."""
     arrays = (a, a_scale, operand, out, out_scale, permutation)
     if not isinstance(config, Sm90Config):
         return kernels.grouped_gemm(*arrays, problem, config, activation, token_weights)
     num_sms = get_device(int(a.device.id)).num_sms
-    launch = kernels_sm90.grouped_gemm(*arrays, problem, config, activation, num_sms, token_weights)
+    launch = kernels_sm90.grouped_gemm(
+        *arrays, problem, config, activation, num_sms, token_weights, queue
+    )
     if problem.gated or problem.activated:
         launch.spec = kernels.with_activation(launch.spec, activation)
     return launch

@@ -36,11 +36,15 @@ SCALE_BLOCK = 128
 
 @dataclass
 class Launch:
-    """A kernel with its grid and parameters; parameters may be changed between runs."""
+    """A kernel with its grid and parameters; parameters may be changed between runs.
+
+    Parameters hold addresses. What `owned` holds lives as long as the launch.
+    """
 
     spec: KernelSpec
     config: LaunchConfig
     params: np.ndarray
+    owned: tuple[Array, ...] = ()
     _prepared: PreparedLaunch | None = None
 
     def prepare(self, device: Device) -> PreparedLaunch:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cumoe.arrays import address
+from cumoe.arrays import address, zeros
 from cumoe.config import Activation, Array, Permutation
 from cumoe.kernels import (
     TYPES,
@@ -101,8 +101,14 @@ def grouped_gemm(
     activation: Activation,
     num_sms: int,
     token_weights: TokenWeights | None = None,
+    queue: Array | None = None,
 ) -> Launch:
-    """Launch for ``out[i] = epilogue(a[source(i)] @ w[e(i)].T)``."""
+    """Launch for ``out[i] = epilogue(a[source(i)] @ w[e(i)].T)``.
+
+    `queue` are two int32 of the launch's own, zeros before and after it; by default new ones.
+    """
+    if queue is None:
+        queue = zeros(a, (2,), "int32")
     gated = problem.gated
     n = out.shape[1]
     column_tiles = -(-n // (128 if gated else 256))
@@ -114,7 +120,7 @@ def grouped_gemm(
     gate_first = gated and fields["first_row"] == 0
     a_row, a_block = scale_strides(a_scale)
     out_row, out_block = scale_strides(out_scale)
-    return make(
+    launch = make(
         grouped_gemm_spec(problem, config),
         (num_clusters * config.cluster, 1, 1),
         384,
@@ -131,6 +137,7 @@ def grouped_gemm(
         expert_offsets=permutation.expert_offsets,
         tokens_per_expert=permutation.tokens_per_expert,
         num_tiles=permutation.num_tiles,
+        queue=queue,
         a_scale_row_stride=a_row,
         a_scale_block_stride=a_block,
         out_scale_row_stride=out_row,
@@ -147,3 +154,5 @@ def grouped_gemm(
         activation=activation_fields(activation),
         **(token_weights.fields() if token_weights is not None else {}),
     )
+    launch.owned = (queue,)
+    return launch

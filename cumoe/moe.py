@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cumoe.arrays import as_native, empty, same_place
+from cumoe.arrays import as_native, empty, same_place, wait_for
 from cumoe.config import (
     MAX_TOP_K,
     Activation,
@@ -400,7 +400,9 @@ class MoELayer:
         workspace.take("chunk_counts", (chunks, words), "int32")
         for name, kind in expert_buffers(spec, tokens, most_rows).items():
             workspace.take(name, *kind)
+        workspace.take("queues", (2, 2), "int32", zeros=True)
         workspace.frozen = True
+        wait_for(spec.weights.w13)  # a later call may be on another stream
 
 
 def _run(spec: LayerSpec, call: LayerCall, finalize: bool, out: Any) -> Array | ExpertParts:

@@ -40,8 +40,8 @@ class Workspace:
         """Bytes held."""
         return sum(int(b.nbytes) for b in self._buffers.values())
 
-    def take(self, name: str, shape: Sequence[int], dtype: str) -> Array:
-        """Return the buffer of `name` as an array; contents are undefined."""
+    def take(self, name: str, shape: Sequence[int], dtype: str, *, zeros: bool = False) -> Array:
+        """Return the buffer of `name` as an array; contents are undefined, or zeros at first."""
         import cupy
 
         want = DTYPES["uint8"] if dtype == FP8 else DTYPES[dtype]
@@ -51,7 +51,8 @@ class Workspace:
             if self.frozen:
                 raise RuntimeError(f"workspace: {name} needs {nbytes} bytes, more than planned")
             with cupy.cuda.Device(self._ordinal):
-                buffer = self._buffers[name] = cupy.empty(max(nbytes, 16), np.uint8)
+                make = cupy.zeros if zeros else cupy.empty
+                buffer = self._buffers[name] = make(max(nbytes, 16), np.uint8)
         return cupy.ndarray(tuple(shape), dtype=want, memptr=buffer.data)
 
 
@@ -171,8 +172,9 @@ class DevicePlan:
         if p.max_tiles == 0:
             return arrays["rows"]
         act = Rows(arrays["act"], arrays.get("act_scale", spec.weights.act_scale))
+        queues = workspace.take("queues", (2, 2), "int32", zeros=True)
         gemm1, gemm2 = self._plan_gemms(
-            Rows(x, x_scale), act, arrays["rows"], topk_weights, call.weights_dtype(spec)
+            Rows(x, x_scale), act, arrays["rows"], topk_weights, call.weights_dtype(spec), queues
         )
         if x is call.x:
             self._bind("x", gemm1, "a")
@@ -182,7 +184,13 @@ class DevicePlan:
         return arrays["rows"]
 
     def _plan_gemms(
-        self, x: Rows, act: Rows, rows: Array, topk_weights: Array, weights_dtype: str
+        self,
+        x: Rows,
+        act: Rows,
+        rows: Array,
+        topk_weights: Array,
+        weights_dtype: str,
+        queues: Array,
     ) -> tuple[kernels.Launch, kernels.Launch]:
         spec, p, device = self._spec, self.permutation, self._device
         (problem1, config1), (problem2, config2) = gemm_configs(
@@ -194,8 +202,8 @@ class DevicePlan:
         if spec.weights_on_input:
             weights = kernels.TokenWeights(topk_weights, spec.shard.num_local_experts)
         return (
-            plan_gemm(*x, w13, *act, p, problem1, config1, spec.activation, weights),
-            plan_gemm(*act, w2, rows, None, p, problem2, config2, Activation()),
+            plan_gemm(*x, w13, *act, p, problem1, config1, spec.activation, weights, queues[0]),
+            plan_gemm(*act, w2, rows, None, p, problem2, config2, Activation(), None, queues[1]),
         )
 
     def run(self, call: LayerCall, stream_ptr: int) -> None:

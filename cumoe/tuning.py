@@ -188,7 +188,7 @@ def sm90_smem_bytes(config: Sm90Config, problem: GroupedGemmProblem) -> int:
     n, stages, chunks = config.block_n, config.num_stages, config.num_chunks
     rows = _is_rows(problem.dtype, n)
     size = stages * (2 * 128 + n) * ROW_BYTES + (4 if rows else 2) * chunks * SM90_CHUNK_BYTES
-    size += 16 * stages + 8 * (2 * stages + 4 * chunks)
+    size += 16 * stages + 8 * (2 * stages + 4 * chunks) + 40  # tiles, barriers, items
     if rows:
         size += (4 * n + 2 * 8) * stages
     elif problem.dtype == "float8_e4m3fn":

@@ -42,8 +42,8 @@ __device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const W
                                             int lane) {
   constexpr int kPerLane = ceil_div(BLOCK_N, kWarpSize), kAhead = 2;
   StageRing ring;
-  for (int item = work.first; item < work.count; item += work.stride) {
-    const Tile tile(p, item, work.rank);
+  for (Items<> items(smem, work, lane); items.left(); items.next()) {
+    const Tile tile(p, items.item, work.rank);
     const float* a_scale[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -276,7 +276,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
   const uint32_t zero = static_cast<uint32_t>(p.w_scale_rows) >> 31;
   Consumer consumer{smem, lane, group, zero, Stages(smem, lane)};
   Ring<NUM_CHUNKS> chunks;
-  for (int item = work.first; item < work.count; item += work.stride) {
+  for (Items<> items(smem, work, lane); items.left(); items.next()) {
     consumer.begin();
     int left = work.steps;
     for (; left >= kUnroll; left -= kUnroll) consumer.run<kUnroll>(left > kUnroll);
@@ -301,7 +301,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   if (threadIdx.x == 0) {
     if constexpr (!GATHER) ptx::prefetch_tensor_map(&p.a_map);
     ptx::prefetch_tensor_map(&p.w_map);
-    smem.init(1);
+    smem.init(1, GATHER || !ACTIVATED ? 3 : 1);
     for (int s = 0; s < NUM_STAGES; ++s) {
       ptx::mbarrier_init(ptx::smem_address(&smem.landed[s]), kGatherThreads);
     }

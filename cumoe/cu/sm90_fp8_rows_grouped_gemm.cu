@@ -34,8 +34,8 @@ __device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const W
                                             int lane) {
   constexpr int kPerLane = BLOCK_N / kWarpSize, kAhead = 2;
   StageRing ring;
-  for (int item = work.first; item < work.count; item += work.stride) {
-    const Tile tile(p, item, work.rank);
+  for (Items<> items(smem, work, lane); items.left(); items.next()) {
+    const Tile tile(p, items.item, work.rank);
     const float* a_scale[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -175,8 +175,8 @@ __device__ __forceinline__ void store_rounded(const Params& p, Smem& smem, const
 __device__ __forceinline__ void write_chunks(const Params& p, Smem& smem, const Work& work,
                                              int group, int lane) {
   Ring<NUM_CHUNKS> ring;
-  for (int item = work.first; item < work.count; item += work.stride) {
-    const Tile tile(p, item, work.rank);
+  for (Items<> items(smem, work, lane); items.left(); items.next()) {
+    const Tile tile(p, items.item, work.rank);
     if (tile.rows <= group * kTokens) continue;
     for (int c = 0; c < 4; ++c, ring.advance()) {
       ring.wait(smem.staged[group], ring.phase);
@@ -200,7 +200,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
   const int row = thread / kWarpSize * 16 + lane / 4;  // of the block's tokens
   Stages in(smem, lane);
   Ring<NUM_CHUNKS> chunks;
-  for (int item = work.first; item < work.count; item += work.stride) {
+  for (Items<> items(smem, work, lane); items.left(); items.next()) {
     in.wait();
     const Tile tile(smem.tiles[in.ring.slot]);
     if (tile.rows <= group * kTokens) {  // nothing here to multiply
@@ -253,7 +253,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   if (threadIdx.x == 0) {
     if constexpr (!GATHER) ptx::prefetch_tensor_map(&p.a_map);
     ptx::prefetch_tensor_map(&p.w_map);
-    smem.init(1);
+    smem.init(1, GATHER || !ACTIVATED ? 3 : 1);
     for (int s = 0; s < NUM_STAGES; ++s) {
       ptx::mbarrier_init(ptx::smem_address(&smem.landed[s]), kGatherThreads);
     }

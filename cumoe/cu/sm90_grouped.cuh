@@ -4,7 +4,9 @@
 // and up to BLOCK_N tokens, which are the n of the wgmma, in steps of eight: no expert pays for rows it
 // does not have. An expert's tokens are split evenly over its tiles. A stage is 128 bytes of k.
 //
-// Grid      persistent clusters; each walks (row tile, weight tile) items expert by expert. The CLUSTER
+// Grid      persistent clusters; each takes the next of the (row tile, weight tile) items, expert by expert,
+//           from a queue in device memory: so those with the same weights run at the same time, and
+//           find them in L2, however long each takes. The first item is the cluster's own. The CLUSTER
 //           blocks of one have neighbouring tokens of one expert and the same weights, of which each
 //           loads its share for both (multicast).
 // Block     warpgroup 0 produces: warp 0 loads by TMA, others gather tokens by cp.async (GATHER: a TMA
@@ -12,6 +14,8 @@
 //           consume: two parts of 64 weight rows each.
 // Barriers  full[s]     TMA bytes, gathering threads, a kernel's own loaders; consumers wait
 //           empty[s]    8 * CLUSTER consumer warps of all blocks of the cluster; producers wait
+//           announced[i]  the first block's TMA loader, for all blocks of the cluster; all warps wait
+//           seen[i]     all warps of all blocks, in the first block; that loader waits
 //           staged, drained[group][c]  a chunk of finished rows, between a consumer and its writer
 // From -D   GATED ACTIVATED (the epilogue is the activation; always with GATED) GATHER BLOCK_N NUM_STAGES NUM_CHUNKS CLUSTER
 #pragma once
@@ -40,6 +44,7 @@ struct Params {
   const int32_t* expert_offsets;     // (num_local + 1,)
   const int32_t* tokens_per_expert;  // (num_local,)
   const int32_t* num_tiles;          // (1,)
+  int32_t* queue;                    // [0] items taken, [1] clusters that are done; zeros between launches
   int64_t a_scale_row_stride;        // in elements
   int64_t a_scale_block_stride;
   int64_t out_scale_row_stride;
@@ -75,13 +80,21 @@ struct Shared {
   uint8_t stages[NUM_STAGES][kStageBytes];
   uint8_t chunks[kConsumers][NUM_CHUNKS][kChunkBytes];
   int4 tiles[NUM_STAGES];  // of which a stage is, for the consumers
+  int items[2];            // announced
+  uint64_t announced[2];
+  uint64_t seen[2];
   uint64_t full[NUM_STAGES];
   uint64_t empty[NUM_STAGES];
   uint64_t staged[kConsumers][NUM_CHUNKS];
   uint64_t drained[kConsumers][NUM_CHUNKS];
 
-  /// Called by one thread; `arrivals` on full[s] there are besides that of the TMA loader.
-  __device__ __forceinline__ void init(int arrivals) {
+  /// Called by one thread; `arrivals` on full[s] there are besides that of the TMA loader, and `helpers`,
+  /// warps that walk items besides it and the consumers.
+  __device__ __forceinline__ void init(int arrivals, int helpers) {
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(ptx::smem_address(&announced[i]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&seen[i]), (1 + kConsumers * 4 + helpers) * CLUSTER);
+    }
     for (int s = 0; s < NUM_STAGES; ++s) {
       ptx::mbarrier_init(ptx::smem_address(&full[s]), 1 + arrivals);
       ptx::mbarrier_init(ptx::smem_address(&empty[s]), kConsumers * 4 * CLUSTER);
@@ -120,13 +133,12 @@ struct Tile {
   __device__ __forceinline__ int groups() const { return ceil_div(rows, 8); }
 };
 
-/// The items a cluster walks, which of its blocks this is, and the stages of a tile.
+/// The first item of a cluster, how many there are, which of its blocks this is, and the stages of a tile.
 struct Work {
-  int first, stride, count, rank, steps;
+  int first, count, rank, steps;
 
   __device__ __forceinline__ Work(const Params& p, int steps_) : steps(steps_) {
     first = static_cast<int>(blockIdx.x) / CLUSTER;
-    stride = static_cast<int>(gridDim.x) / CLUSTER;
     count = *p.num_tiles * p.num_column_tiles;
     rank = CLUSTER > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
   }
@@ -146,17 +158,71 @@ struct Ring {
 };
 using StageRing = Ring<NUM_STAGES>;
 
+/// A warp's walk over the cluster's items, or one thread's with ALONE.
+template <bool ALONE = false>
+struct Items {
+  Shared& smem;
+  const int count, lane;
+  int item;
+  Ring<2> ring;
+
+  __device__ __forceinline__ Items(Shared& smem_, const Work& work, int lane_)
+      : smem(smem_), count(work.count), lane(lane_), item(work.first) {}
+
+  __device__ __forceinline__ bool left() const { return item < count; }
+
+  __device__ __forceinline__ void next() {
+    const uint32_t announced = ptx::smem_address(&smem.announced[ring.slot]);
+    CLUSTER > 1 ? ptx::mbarrier_wait_cluster(announced, ring.phase)
+                : ptx::mbarrier_wait(announced, ring.phase);
+    item = smem.items[ring.slot];
+    if constexpr (!ALONE) __syncwarp();
+    if (lane == 0) {
+      const uint32_t seen = ptx::smem_address(&smem.seen[ring.slot]);
+      if constexpr (CLUSTER == 1) {
+        ptx::mbarrier_arrive(seen);
+      } else {
+        ptx::mbarrier_arrive_release_cluster(ptx::mapa(seen, 0));
+      }
+    }
+    ring.advance();
+  }
+};
+
+/// Tells all warps of the cluster what its next item is.
+__device__ __forceinline__ void announce(Shared& smem, Ring<2>& ring, int item) {
+  ring.wait(smem.seen, ring.phase ^ 1);
+  const uint32_t to = ptx::smem_address(&smem.items[ring.slot]);
+  const uint32_t announced = ptx::smem_address(&smem.announced[ring.slot]);
+  if constexpr (CLUSTER == 1) {
+    smem.items[ring.slot] = item;
+    ptx::mbarrier_arrive(announced);
+  } else {
+#pragma unroll
+    for (int block = 0; block < CLUSTER; ++block) {
+      ptx::st_cluster_u32(ptx::mapa(to, block), static_cast<uint32_t>(item));
+      ptx::mbarrier_arrive_release_cluster(ptx::mapa(announced, block));
+    }
+  }
+  ring.advance();
+}
+
 /// One warp arrives on a barrier that counts warps.
 __device__ __forceinline__ void arrive_warp(uint64_t& barrier, int lane) {
   __syncwarp();
   if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&barrier));
 }
 
-/// One thread: both weight halves of every stage, and the tokens where they lie in a row.
+/// One thread: both weight halves of every stage, and the tokens where they lie in a row. That of a
+/// cluster's first block takes the items from the queue, an item ahead.
 __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const Work& work) {
   StageRing ring;
-  for (int item = work.first; item < work.count; item += work.stride) {
-    const Tile tile(p, item, work.rank);
+  Ring<2> queue;
+  const int clusters = static_cast<int>(gridDim.x) / CLUSTER;
+  Items<true> items(smem, work, 0);
+  for (; items.left(); items.next()) {
+    const Tile tile(p, items.item, work.rank);
+    const int next = work.rank == 0 ? clusters + atomicAdd(p.queue, 1) : 0;
     const int boxes = GATHER ? 0 : ceil_div(tile.rows, kBoxRows);
     for (int step = 0; step < work.steps; ++step, ring.advance()) {
       const uint32_t full = ptx::smem_address(&smem.full[ring.slot]);
@@ -180,8 +246,11 @@ __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const
         ptx::tma_load_2d(stage + 2 * kHalfBytes + box * kBoxRows * 128, &p.a_map, full, step * 128,
                          tile.row0 + box * kBoxRows);
       }
+      if (step == 0 && work.rank == 0) announce(smem, queue, next);
     }
   }
+  // The last cluster leaves the queue as it was found.
+  if (work.rank == 0 && atomicAdd(p.queue + 1, 1) == clusters - 1) p.queue[0] = p.queue[1] = 0;
 }
 
 /// THREADS threads: the tokens of every stage, gathered; eight threads copy a row's 128 bytes. They come
@@ -196,8 +265,8 @@ __device__ __forceinline__ void gather_tokens(const Params& p, Shared& smem,
   const int chunk = thread % 8, first = thread / 8;
   const uint32_t offset = 2 * kHalfBytes + first * 128 + ((chunk ^ first % 8) << 4);
   StageRing ring;
-  for (int item = work.first; item < work.count; item += work.stride) {
-    const Tile tile(p, item, work.rank);
+  for (Items<> items(smem, work, thread % kWarpSize); items.left(); items.next()) {
+    const Tile tile(p, items.item, work.rank);
     const int rows = tile.groups() * 8;
     uint32_t source[kPasses];  // in 16-byte units: half the registers of pointers
 #pragma unroll
@@ -345,8 +414,8 @@ template <int ELEM_BYTES = 2>
 __device__ __forceinline__ void write_rows(const Params& p, Shared& smem, const Work& work,
                                            int group, int lane) {
   Ring<NUM_CHUNKS> ring;
-  for (int item = work.first; item < work.count; item += work.stride) {
-    const Tile tile(p, item, work.rank);
+  for (Items<> items(smem, work, lane); items.left(); items.next()) {
+    const Tile tile(p, items.item, work.rank);
     for (int part = 0; part < kParts; ++part) {
       for (int token0 = 0; token0 < tile.rows; token0 += kChunkTokens, ring.advance()) {
         ring.wait(smem.staged[group], ring.phase);

@@ -112,7 +112,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared& smem, const Wor
   const int part_bytes = GATED ? kHalfBytes : kHalfBytes / 2;
   Stages in(smem, lane);
   Ring<NUM_CHUNKS> chunks;
-  for (int item = work.first; item < work.count; item += work.stride) {
+  for (Items<> items(smem, work, lane); items.left(); items.next()) {
     float accum[2][BLOCK_N / 2] = {};
     int previous = 0;
     for (int step = 0; step < work.steps; ++step) {
@@ -161,7 +161,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   if (threadIdx.x == 0) {
     if constexpr (!GATHER) ptx::prefetch_tensor_map(&p.a_map);
     ptx::prefetch_tensor_map(&p.w_map);
-    smem.init(GATHER ? kGatherThreads : 0);
+    smem.init(GATHER ? kGatherThreads : 0, GATHER ? 3 : 2);
   }
   // The blocks of a cluster write to each other's barriers and shared memory: all must be there.
   CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();

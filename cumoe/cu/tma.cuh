@@ -50,6 +50,13 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t remote) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
 
+/// Arrives once on a barrier of a block of the cluster, named by mapa; what this thread wrote before is seen
+/// by who waits with mbarrier_wait_cluster (PTX ISA, "mbarrier.arrive").
+__device__ __forceinline__ void mbarrier_arrive_release_cluster(uint32_t remote) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote)
+               : "memory");
+}
+
 /// Arrives once when this thread's earlier cp.async copies have landed; the arrival counts among those
 /// the barrier was set up for (PTX ISA, "cp.async.mbarrier.arrive").
 __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
@@ -82,6 +89,20 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(uint32_t barrier, int p
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
   while (!mbarrier_try_wait_parity(barrier, parity, 10'000'000)) {
   }
+}
+
+/// The same; then what other blocks of the cluster wrote before they arrived with
+/// mbarrier_arrive_release_cluster is seen (PTX ISA, "mbarrier.try_wait").
+__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, int parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
+        "selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (done == 0);
 }
 
 /// Fetches a tensor map ahead of its first use (PTX ISA, "prefetch").
@@ -167,6 +188,11 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 /// ISA, "st").
 __device__ __forceinline__ void st_cluster_f32(uint32_t remote, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+}
+
+/// The same for a word; mbarrier_arrive_release_cluster makes it visible (PTX ISA, "st").
+__device__ __forceinline__ void st_cluster_u32(uint32_t remote, uint32_t value) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(value) : "memory");
 }
 
 /// Barrier over all threads of the cluster (PTX ISA, "barrier.cluster").

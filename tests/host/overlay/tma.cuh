@@ -39,6 +39,10 @@ inline void mbarrier_arrive_cluster(uint32_t remote, CUMOE_SITE) {
   cumoe_host::mbarrier_arrive(remote & 0xffffffu, 0, rank, site);
 }
 
+inline void mbarrier_arrive_release_cluster(uint32_t remote, CUMOE_SITE) {
+  mbarrier_arrive_cluster(remote, site);
+}
+
 inline void cp_async_mbarrier_arrive_noinc(uint32_t barrier, CUMOE_SITE) {
   cumoe_host::async_arrive(barrier, site);
 }
@@ -53,6 +57,10 @@ inline bool mbarrier_try_wait_parity(uint32_t barrier, int parity, uint32_t, CUM
 }
 
 inline void mbarrier_wait(uint32_t barrier, int parity, CUMOE_SITE) {
+  cumoe_host::mbarrier_wait(barrier, parity, site);
+}
+
+inline void mbarrier_wait_cluster(uint32_t barrier, int parity, CUMOE_SITE) {
   cumoe_host::mbarrier_wait(barrier, parity, site);
 }
 
@@ -104,6 +112,13 @@ inline void cp_async_bulk_wait_group(CUMOE_SITE) {
 inline uint32_t cluster_rank() { return cumoe_host::cluster_rank(); }
 
 inline void st_cluster_f32(uint32_t remote, float value, CUMOE_SITE) {
+  const uint32_t rank = remote >> 24;
+  if (rank == 0) cumoe_host::fail(site, "st.shared::cluster to 0x%x: not named by mapa", remote);
+  memcpy(cumoe_host::cluster_pointer(remote & 0xffffffu, rank - 1, 4, site), &value, 4);
+  cumoe_host::yield(site);
+}
+
+inline void st_cluster_u32(uint32_t remote, uint32_t value, CUMOE_SITE) {
   const uint32_t rank = remote >> 24;
   if (rank == 0) cumoe_host::fail(site, "st.shared::cluster to 0x%x: not named by mapa", remote);
   memcpy(cumoe_host::cluster_pointer(remote & 0xffffffu, rank - 1, 4, site), &value, 4);
