@@ -165,8 +165,8 @@ SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4, FP8_TENSOR: 3}  # fp8 take
 SM90_ROWS = 128
 """Tokens of a block of ``sm90_fp8_rows_grouped_gemm``, which no other fp8 kernel has."""
 
-SM90_ROWS_COST = 310
-"""What a tile of two such blocks costs, in tokens of the other kernels' tiles."""
+SM90_ROWS_COST = (163, 37)
+"""What a tile of two such blocks costs, and each 64 rows, in tokens of the other kernels' tiles."""
 
 
 @dataclass(frozen=True)
@@ -316,15 +316,15 @@ def select_sm90_tile(num_slots: int, num_experts: int, dtype: str) -> int:
     draw), the tiles it is cut into times what the blocks of a tile cost, which is their tokens
     and a part that does not depend on them.
 
-    H200, both GEMMs in us at the heights tried. fp8: DeepSeek-V3 T = 16384 (mean 512): 176 12765,
-    144 14295, 160 15265, 88 15320; T = 4096 (128): 144 3610, 160 3690; T = 1024 (32): 48 and 64
-    2710; T = 512 (16): 32 2637, 24 2660; Mixtral T = 4096 (1024): 176 2812, 160 2944; Qwen3 T =
-    16384 (1024): 176 1470, 144 1628; T = 4096 (256): 144 454, 160 466. fp8 with 256 in one run:
-    DeepSeek-V3 T = 16384: 176 12040, 256 12193; Mixtral T = 4096: 176 3058, 256 2581; Qwen3 T =
-    16384: 176 1409, 256 1282. bf16: DeepSeek-V3 T
-    = 16384: 288 18975, 192 20154, 176 20348, 256 21289; T = 4096: 160 6082, 144 6352, 288 9240;
-    Mixtral T = 4096: 176 4276, 288 4313, 192 4336; Qwen3 T = 16384 (1024): 176 1992, 192 2093,
-    288 2112.
+    H200, both GEMMs in us at the heights tried; comparable within a line.
+    fp8, DeepSeek-V3: T = 16384 (mean 512) 256 11200, 176 11984; 14336 (448) 256 10395, 160 11372;
+    12288 (384) 256 10044, 144 10146; 8192 (256) 144 6739, 256 6771, 176 7629; 6400 (200) 256 4958,
+    144 6446; 4096 (128) 144 3790, 256 4419; 1024 (32) 48 and 64 2710; 512 (16) 32 2626, 24 2631.
+    fp8, Mixtral: T = 4096 (1024) 256 2572, 176 2776. fp8, Qwen3: T = 16384 (1024) 256 1304, 176
+    1466; 4096 (256) 144 454, 160 466.
+    bf16 (before the queue of tiles): DeepSeek-V3 T = 16384: 288 18975, 192 20154, 176 20348; T =
+    4096: 160 6082, 144 6352, 288 9240; Mixtral T = 4096: 176 4276, 288 4313, 192 4336; Qwen3 T =
+    16384 (1024): 176 1992, 192 2093, 288 2112.
     """
     mean = num_slots / max(num_experts, 1)
     fixed = {"bfloat16": 40, "float8_e4m3fn": 30}.get(dtype, 40)  # tokens that cost as much
@@ -335,7 +335,7 @@ def select_sm90_tile(num_slots: int, num_experts: int, dtype: str) -> int:
         for row in range(height, int(mean + 6 * mean**0.5) + 1, height):
             tiles += 0.5 * math.erfc((row - mean) / (2 * mean) ** 0.5)
         if _is_rows(dtype, height // 2):
-            return tiles * SM90_ROWS_COST
+            return tiles * SM90_ROWS_COST[0] + (mean / 64 + 0.5) * SM90_ROWS_COST[1]
         pair = height > SM90_MAX_BLOCK_N[dtype]
         return tiles * (height + 2 * fixed if pair else alone * (height + fixed))
 

@@ -175,6 +175,27 @@ MUTATIONS = {
     "sm90: gathered arrivals": Mutation(
         SM90_FP8, "smem.landed[s]), kGatherThreads)", "smem.landed[s]), 32)", case="gated"
     ),
+    "sm90: announced": Mutation(
+        SM90, "                : ptx::mbarrier_wait(announced, ring.phase);", ": (void)0;", FP8,
+        case=SHORT,
+    ),
+    "sm90: announced to the cluster": Mutation(
+        SM90, "ptx::mbarrier_wait_cluster(announced, ring.phase)", "(void)0", FP8,
+        case="clusters, a block without rows, gated",
+    ),
+    "sm90: seen by all": Mutation(
+        SM90, "(1 + kConsumers * 4 + helpers) * CLUSTER", "kConsumers * 4 * CLUSTER", FP8, case=DEEP
+    ),
+    "sm90: seen before the next": Mutation(
+        SM90, "ring.wait(smem.seen, ring.phase ^ 1);", "", FP8, case=SHORT
+    ),
+    "sm90: items of the queue": Mutation(
+        SM90, "next = clusters + atomicAdd(p.queue, 1);", "next += 2 * clusters;", FP8,
+        case="clusters, plain",
+    ),
+    "sm90: queue left as it was": Mutation(
+        SM90, "p.queue[0] = p.queue[1] = 0", "p.queue[1] = 0", FP8, case="plain"
+    ),
     "sm90: multicast": Mutation(SM90, "full, 0x3,", "full, 0x1,", FP8, case="clusters, gated"),
     "sm90: release of the other block": Mutation(
         SM90, "lane % CLUSTER", "0", FP8, case="clusters, plain"
@@ -213,7 +234,7 @@ MUTATIONS = {
         SM90_FP8, "if (column >= p.n) continue;", "", case="gated"
     ),
     "sm90: rows of the blocks": Mutation(
-        SM90, "* CLUSTER + rank) * height", "+ rank) * height", FP8, case=IDLE
+        SM90, "(t * CLUSTER + rank) * height", "(t + rank) * height", FP8, case=IDLE
     ),
     "sm90: staged": Mutation(
         SM90, "ring.wait(smem.staged[group], ring.phase);", "", FP8, case="plain"

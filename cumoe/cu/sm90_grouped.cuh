@@ -21,7 +21,7 @@
 #pragma once
 
 #ifndef WHOLE_BLOCKS
-#define WHOLE_BLOCKS 0  // an expert's tokens fill one block after the other, rather than evenly
+#define WHOLE_BLOCKS 0  // an expert's tokens fill one tile after the other, rather than all evenly
 #endif
 
 #include "activation.cuh"
@@ -120,9 +120,13 @@ struct Tile {
     const int tiles = ceil_div(count, p.tile);
     const int local = item - first / p.tile * p.num_column_tiles;
     column_tile = local / tiles;
-    // The expert's rows in equal steps of eight over the blocks of its tiles.
-    const int height = WHOLE_BLOCKS ? BLOCK_N : ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
-    const int begin = ((local - column_tile * tiles) * CLUSTER + rank) * height;
+    const int t = local - column_tile * tiles;
+    // The expert's rows in equal steps of eight over the blocks of its tiles; or whole tiles, of which the
+    // last one's rows are split in steps of 64.
+    const int rest = min(p.tile, count - t * p.tile);
+    const int height = WHOLE_BLOCKS ? ceil_div(ceil_div(rest, CLUSTER), 64) * 64
+                                    : ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
+    const int begin = WHOLE_BLOCKS ? t * p.tile + rank * height : (t * CLUSTER + rank) * height;
     rows = max(min(height, count - begin), 0);
     row0 = first + (rows > 0 ? begin : 0);  // without rows one that may be read
   }
@@ -214,15 +218,16 @@ __device__ __forceinline__ void arrive_warp(uint64_t& barrier, int lane) {
 }
 
 /// One thread: both weight halves of every stage, and the tokens where they lie in a row. That of a
-/// cluster's first block takes the items from the queue, an item ahead.
+/// cluster's first block takes the items from the queue: the one after the next, which has come when it is
+/// announced.
 __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const Work& work) {
   StageRing ring;
   Ring<2> queue;
   const int clusters = static_cast<int>(gridDim.x) / CLUSTER;
+  int next = work.rank == 0 ? clusters + atomicAdd(p.queue, 1) : 0;
   Items<true> items(smem, work, 0);
   for (; items.left(); items.next()) {
     const Tile tile(p, items.item, work.rank);
-    const int next = work.rank == 0 ? clusters + atomicAdd(p.queue, 1) : 0;
     const int boxes = GATHER ? 0 : ceil_div(tile.rows, kBoxRows);
     for (int step = 0; step < work.steps; ++step, ring.advance()) {
       const uint32_t full = ptx::smem_address(&smem.full[ring.slot]);
@@ -246,7 +251,10 @@ __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const
         ptx::tma_load_2d(stage + 2 * kHalfBytes + box * kBoxRows * 128, &p.a_map, full, step * 128,
                          tile.row0 + box * kBoxRows);
       }
-      if (step == 0 && work.rank == 0) announce(smem, queue, next);
+      if (step == 0 && work.rank == 0) {
+        announce(smem, queue, next);
+        next = clusters + atomicAdd(p.queue, 1);
+      }
     }
   }
   // The last cluster leaves the queue as it was found.

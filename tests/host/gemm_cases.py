@@ -114,7 +114,9 @@ class _Gemm:
             values = host.rng.random((self.tokens, 2)) + 0.3
             values = host.arena.array(values.astype(DTYPES[self.weights]))
             weights = kernels.TokenWeights(values, self.num_weighted)
-        host.run(launch(a, a_scale, operand, y, y_scale, p, act, weights))
+        made = launch(a, a_scale, operand, y, y_scale, p, act, weights)
+        host.run(made)
+        assert not any(queue.any() for queue in made.owned), "queue: not as it was found"
         expected = on_host(
             a, a_scale, operand, p, act, self.problem, n, y_scale if tensors else None, weights
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.host.mutations import Mutation
 
-ROWS = "sm90_fp8_rows_grouped_gemm.cu"
+KERNEL = "sm90_fp8_rows_grouped_gemm"
+ROWS = f"{KERNEL}.cu"
 DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
 MEETS = "ptx::named_barrier_sync(1 + group, 128);"
 
@@ -71,6 +72,10 @@ ROWS_MUTATIONS = {
         ),
         "writer without rows": Mutation(
             ROWS, "if (tile.rows <= group * kTokens) continue;", "", case="shares"
+        ),
+        "rows of the blocks": Mutation(
+            "sm90_grouped.cuh", "t * p.tile + rank * height", "t * p.tile + rank * 64", KERNEL,
+            case="clusters, plain",
         ),
         "whole blocks": Mutation(
             ROWS, "#define WHOLE_BLOCKS 1", "#define WHOLE_BLOCKS 0", case="shares"
