@@ -108,7 +108,7 @@ def finalize_case(ranks: Ranks, num_tokens: int, quantization: str | None, seed:
 
 
 def reduce_case(ranks: Ranks, num_tokens: int, seed: int) -> Case:
-    """Draw a call of reduce_allreduce: 8 experts, float32 weights, shared output, residual, norm."""
+    """Draw a call of reduce_allreduce: 8 experts, else as :func:`finalize_case`."""
     xp, tokens = ranks.xp, num_tokens
     rng = np.random.default_rng([seed, tokens, ranks.group.rank])
     key = (seed, tokens, 1 + ranks.group.rank)
@@ -264,9 +264,7 @@ def reduced(
     )
 
 
-def check_outputs(
-    out: AllReduced, want: twin.Reduced, chosen: np.ndarray, ranks: Ranks
-) -> None:
+def check_outputs(out: AllReduced, want: twin.Reduced, chosen: np.ndarray, ranks: Ranks) -> None:
     """Compare outputs with the twin's answer for some tokens, and whole between ranks; collective.
 
     Raises

@@ -3,32 +3,27 @@
 About a hundred CUDA graphs of twenty calls each are replayed in a random order, the same on all
 ranks. A graph poisons its outputs, runs its calls without anything between them but now and then a
 kernel that keeps one rank waiting, and folds all outputs into a hash on the device. Its inputs do
-not change, so every replay must give the hash of the first, and every rank the same; now and then
-the ranks compare, and one call is checked against float64. In the end the peers' memory must hold
-what it held at first. Times nothing but the whole.
+not change, so every replay must give the hash of the first run, and every rank the same; now and
+then the ranks compare, and one call is checked against float64, as one of each first run is. In
+the end the peers' memory must hold what it held at first. Times nothing but the whole.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from bench.allreduce_case import BF16_HALF_STEP, EPS, TOP_K, take
 from bench.inputs import random_bf16, to_backend, to_host
-from bench.ranks import Ranks
+from bench.ranks import Ranks, compile_kernels
+from bench.replays import DeviceEngine, Engine, HostEngine
 from cumoe.arrays import empty
 from cumoe.comm import AllReduced, Epilogue, Workspace, allreduce, finalize_allreduce
 from cumoe.comm.layout import SENTINEL
-from cumoe.config import Array
-from cumoe.kernels_comm import allreduce_spec, select_config
-from cumoe.launch import KernelSpec, get_device, warmup
-
-Kernel = tuple[str, str | None, int, int]
-"""Input policy, quantisation, ranks, tokens."""
 
 CALLS = 20  # of a graph
 MAX_GRAPHS = 100
@@ -36,67 +31,7 @@ CHECK_EVERY, COMPARE_EVERY, SYNC_EVERY = 200, 500, 100  # replays
 CHECKED_TOKENS = 8
 DELAYED_CALLS, DELAYED_REPLAYS = 0.1, 0.05  # shares of them
 MAX_DELAY_US = 200.0
-CYCLES_PER_US = 1700
-"""Roughly those of the GPUs in question: a delay need not be exact."""
 FLOAT32_HALF_STEP = 2.0**-24
-
-SOURCE = r"""
-using u64 = unsigned long long;
-
-// Adds to *sum a hash of `count` words and their positions; sums of hashes need no order.
-extern "C" __global__ void fold(const u64* words, long long count, u64* sum) {
-  u64 total = 0;
-  const long long stride = (long long)gridDim.x * blockDim.x;
-  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
-    u64 x = words[i] + (u64)(i + 1) * 0x9E3779B97F4A7C15ull;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-    total += x ^ (x >> 31);
-  }
-  for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_down_sync(~0u, total, lanes);
-  if (threadIdx.x % 32 == 0) atomicAdd(sum, total);
-}
-
-// Keeps a graph's first hash; counts later ones that differ in state[0], whose graph is state[1].
-extern "C" __global__ void settle(u64* sum, u64* first, u64* state, int graph) {
-  const u64 hash = *sum;
-  *sum = 0;
-  if (first[graph] == 0) first[graph] = hash;
-  if (first[graph] != hash) {
-    state[0] += 1;
-    state[1] = graph;
-  }
-}
-
-extern "C" __global__ void spin(long long cycles) {
-  const long long start = clock64();
-  while (clock64() - start < cycles) {
-  }
-}
-"""
-
-
-def compile_kernels(ranks: Ranks, kernels: Iterable[Kernel]) -> None:
-    """Compile all-reduce kernels into the cache, on all CPUs at once; collective."""
-    if ranks.on_device and ranks.group.rank == 0:
-        device = get_device(ranks.xp.cuda.Device().id)
-        warmup(specs_of(ranks, kernels, device), [device.arch])
-    ranks.group.barrier()
-
-
-def specs_of(ranks: Ranks, kernels: Iterable[Kernel], device: Any) -> list[KernelSpec]:
-    """Return the compiled form of each kernel on a device."""
-    max_cluster = 8 if device.compute_capability >= (9, 0) else 1
-    found: dict[KernelSpec, None] = {}
-    for policy, quantize, size, tokens in kernels:
-        config = select_config(tokens, ranks.hidden_size, device.num_sms, max_cluster)
-        two_shot = size > 1 and ranks.protocol(tokens) == "two_shot"
-        weights = None if policy == "plain" else "float32"
-        spec = allreduce_spec(
-            policy, "bfloat16", weights, quantize, size, config, two_shot=two_shot
-        )
-        found[spec] = None
-    return list(found)
 
 
 @dataclass(frozen=True)
@@ -139,8 +74,9 @@ def draw_calls(
     for count in map(int, tokens):
         op = "finalize" if rng.random() < 0.6 else "plain"
         late = int(rng.integers(size)) if rng.random() < DELAYED_CALLS else -1
-        at = [int(rng.integers(pool - count + 1)) for _ in range(3)]
-        calls.append(Call(op, count, *at, target, late, float(rng.uniform(0, MAX_DELAY_US))))
+        index, shared, residual = (int(rng.integers(pool - count + 1)) for _ in range(3))
+        delay_us = float(rng.uniform(0, MAX_DELAY_US))
+        calls.append(Call(op, count, index, shared, residual, target, late, delay_us))
         target += count * (2 if op == "finalize" else 1)
     return calls
 
@@ -251,119 +187,6 @@ def check_call(inputs: Inputs, call: Call, chosen: np.ndarray) -> str | None:
     return None
 
 
-class DeviceEngine:
-    """Captures, replays and hashes on a stream of its own, current while entered."""
-
-    def __init__(self, inputs: Inputs, num_graphs: int) -> None:
-        import cupy
-
-        self._cupy, self._inputs = cupy, inputs
-        module = cupy.RawModule(code=SOURCE)
-        self._fold, self._settle, self._spin = map(
-            module.get_function, ("fold", "settle", "spin")
-        )
-        self._sum = cupy.zeros(1, np.uint64)
-        self._first = cupy.zeros(num_graphs, np.uint64)
-        self._state = cupy.zeros(2, np.uint64)
-        self._row_bytes = inputs.arena.shape[1] * 2
-        self._spin((1,), (1,), (np.int64(1),))
-        cupy.cuda.Device().synchronize()
-        self._stream = cupy.cuda.Stream(non_blocking=True)
-
-    def __enter__(self) -> DeviceEngine:
-        self._stream.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stream.__exit__(*exc)
-
-    def begin(self, rows: int) -> None:
-        """Poison the first rows of the outputs."""
-        self._inputs.arena.data.memset_async(0xFF, rows * self._row_bytes, self._stream)
-
-    def delay(self, us: float) -> None:
-        """Keep this rank's stream busy."""
-        self._spin((1,), (1,), (np.int64(us * CYCLES_PER_US),))
-
-    def end(self, graph: int, rows: int) -> None:
-        """Fold the first rows into the hash of a graph."""
-        words = np.int64(rows * self._row_bytes // 8)
-        self._fold((1024,), (256,), (self._inputs.arena, words, self._sum))
-        self._settle((1,), (1,), (self._sum, self._first, self._state, np.int32(graph)))
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Run once as it is, which loads every kernel, and return the replay of a graph of it."""
-        run()
-        self._stream.synchronize()
-        self._stream.begin_capture()
-        try:
-            run()
-        finally:
-            captured = self._stream.end_capture()
-        captured.upload(self._stream)
-        return lambda: captured.launch(self._stream)
-
-    def synchronize(self) -> None:
-        """Wait for everything queued."""
-        self._stream.synchronize()
-
-    def hashes(self) -> tuple[bytes, int, int]:
-        """Return all first hashes, the number of replays that differ, and a graph of theirs."""
-        self._stream.synchronize()
-        wrong, graph = self._state.get().tolist()
-        return self._first.get().tobytes(), wrong, graph
-
-
-class HostEngine:
-    """The same on NumPy, without graphs and without waiting."""
-
-    def __init__(self, inputs: Inputs, num_graphs: int) -> None:
-        self._inputs = inputs
-        self._first = np.zeros(num_graphs, np.uint64)
-        self._wrong, self._graph = 0, 0
-
-    def __enter__(self) -> HostEngine:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
-
-    def begin(self, rows: int) -> None:
-        """Poison the first rows of the outputs."""
-        self._inputs.arena[:rows].view(np.uint16).fill(0xFFFF)
-
-    def delay(self, us: float) -> None:
-        """Do nothing."""
-
-    def end(self, graph: int, rows: int) -> None:
-        """Fold the first rows into the hash of a graph."""
-        value = hash_words(self._inputs.arena[:rows].view(np.uint64).ravel())
-        if self._first[graph] == 0:
-            self._first[graph] = value
-        if self._first[graph] != value:
-            self._wrong, self._graph = self._wrong + 1, graph
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Run once and return `run`."""
-        run()
-        return run
-
-    def synchronize(self) -> None:
-        """Return at once."""
-
-    def hashes(self) -> tuple[bytes, int, int]:
-        """Return all first hashes, the number of replays that differ, and a graph of theirs."""
-        return self._first.tobytes(), self._wrong, self._graph
-
-
-def hash_words(words: np.ndarray) -> np.uint64:
-    """Return what the kernel ``fold`` adds up."""
-    x = words + np.arange(1, words.size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.uint64((x ^ (x >> np.uint64(31))).sum(dtype=np.uint64))
-
-
 def run(ranks: Ranks, num_calls: int, seed: int, progress: Callable[[], None]) -> int:
     """Make at least `num_calls` calls and print a line on rank 0; collective.
 
@@ -385,7 +208,7 @@ def run(ranks: Ranks, num_calls: int, seed: int, progress: Callable[[], None]) -
     inputs = Inputs(ranks, seed, max(map(rows_of, graphs)))
     engine_type = DeviceEngine if ranks.on_device else HostEngine
     try:
-        with engine_type(inputs, num_graphs) as engine:
+        with engine_type(inputs.arena, num_graphs) as engine:
             told = _replay_all(ranks, inputs, engine, graphs, num_calls, common, progress)
     except ArithmeticError as error:
         if ranks.group.rank == 0:
@@ -406,7 +229,7 @@ def rows_of(calls: Sequence[Call]) -> int:
 def _replay_all(
     ranks: Ranks,
     inputs: Inputs,
-    engine: DeviceEngine | HostEngine,
+    engine: Engine,
     graphs: Sequence[Sequence[Call]],
     num_calls: int,
     common: np.random.Generator,
@@ -424,12 +247,19 @@ def _replay_all(
             inputs.run(call)
         engine.end(number, rows_of(calls))
 
+    def check(number: int) -> None:
+        call = graphs[number][int(common.integers(CALLS))]
+        chosen = np.unique(common.integers(0, call.num_tokens, CHECKED_TOKENS))
+        engine.synchronize()
+        ranks.agree(check_call(inputs, call, chosen))
+
     replays = []
     for number in range(len(graphs)):
-        replays.append(engine.capture(lambda number=number: queue(number)))
+        replays.append(engine.capture(functools.partial(queue, number)))
+        check(number)
         progress()
     num_replays = max(1, -(-num_calls // CALLS) - len(graphs))
-    checks = comparisons = 0
+    checks, comparisons = len(graphs), 0
     for n in range(1, num_replays + 1):
         number = int(common.integers(len(graphs)))
         late = int(common.integers(ranks.group.size))
@@ -442,10 +272,7 @@ def _replay_all(
             engine.synchronize()
             progress()
         if n % CHECK_EVERY == 0 or done:
-            call = graphs[number][int(common.integers(CALLS))]
-            chosen = np.unique(common.integers(0, call.num_tokens, CHECKED_TOKENS))
-            engine.synchronize()
-            ranks.agree(check_call(inputs, call, chosen))
+            check(number)
             checks += 1
         if n % COMPARE_EVERY == 0 or done:
             compare_hashes(ranks, engine)
@@ -462,7 +289,7 @@ def _replay_all(
     )
 
 
-def compare_hashes(ranks: Ranks, engine: DeviceEngine | HostEngine) -> None:
+def compare_hashes(ranks: Ranks, engine: Engine) -> None:
     """Raise ArithmeticError on every rank where outputs changed or ranks differ; collective."""
     first, wrong, graph = engine.hashes()
     problem = f"{wrong} replays gave other bits, one of graph {graph}" if wrong else None

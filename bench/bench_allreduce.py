@@ -22,6 +22,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,10 @@ from bench.inputs import (
 )
 from bench.ranks import (
     PROTOCOLS,
+    Kernel,
     Ranks,
     Watchdog,
+    compile_kernels,
     open_ranks,
     peer_copy_rates,
     rank_command,
@@ -225,7 +228,7 @@ class Bench:
         """Run all ops; rank 0 writes what there is after each of them."""
         args, ranks = self.args, self.ranks
         ops = [op for op in OPS if op in args.ops]
-        allreduce_stress.compile_kernels(ranks, self.kernels(ops))
+        compile_kernels(ranks, self.kernels(ops))
         self.progress()
         rates = peer_copy_rates(ranks) if "allreduce" in ops else {}
         for op in ops:
@@ -290,22 +293,26 @@ class Bench:
         args = self.args
         print_table(rows, console=Console(width=None if sys.stdout.isatty() else 150))
         for row in rows:
+            name = " ".join(filter(None, (row["op"], row["recipe"], row["variant"])))
+            told = ""
             if row["op"] == "moe_layer":
-                print(
-                    f"{row['recipe']} T={row['num_tokens']}: {row['rows_us']:.1f} us without the "
-                    f"sum, {row['sum_us']:.1f} us the sum alone, share {row['comm_share']:.1%}"
+                told = (
+                    f"{row['rows_us']:.1f} us without the sum, {row['sum_us']:.1f} us the sum "
+                    f"alone, share {row['comm_share']:.1%}"
                 )
             elif "nccl_us" in row:
-                print(f"{row['op']} T={row['num_tokens']}: {row['nccl_us']:.1f} us NCCL alone")
+                told = f"{row['nccl_us']:.1f} us {row['peer'].split()[0]} alone"
+            print(f"{name} T={row['num_tokens']}: {row['protocol']}, {told}".rstrip(", "))
         out = args.out or (None if args.dry_run else RESULTS)
         if out is not None and self.rows:
             reducer: Any = self.ranks.reducer
             extra = {"nccl": getattr(reducer, "version", None)}
             write_results(out, self.rows, seed=args.seed, merge=args.merge, **extra)
 
-    def kernels(self, ops: Iterable[str]) -> list[allreduce_stress.Kernel]:
+    def kernels(self, ops: Iterable[str]) -> list[Kernel]:
         """Return the all-reduce kernels that the ops and their peers run."""
-        size, found = self.ranks.group.size, []
+        size = self.ranks.group.size
+        found: list[Kernel] = []
         for op in ops:
             for tokens in tokens_of(op, self.args):
                 policy = {"allreduce": "plain", "reduce_allreduce": "experts"}.get(op, "rows")
@@ -322,8 +329,6 @@ class Bench:
 
 def shape_of(args: argparse.Namespace) -> ModelShape:
     """Return the sizes, without shared experts."""
-    from dataclasses import replace
-
     shape = TINY if args.dry_run else get_shape("deepseek_v3")
     return replace(shape, num_shared_experts=0)
 
@@ -340,10 +345,10 @@ def run_rank(xp: Any, group: Any, args: argparse.Namespace, progress: Progress) 
     if args.stress is not None:
         most = max(args.tokens or [DRY_STRESS_TOKENS if args.dry_run else STRESS_TOKENS])
         protocol = "mixed" if protocol == "auto" else protocol
-        with open_ranks(xp, group, most, hidden, protocol) as ranks:
+        with open_ranks(xp, group, most, hidden, protocol, peers=False) as ranks:
             return allreduce_stress.run(ranks, args.stress, args.seed, progress)
     most = max(max(tokens_of(op, args)) for op in args.ops)
-    with open_ranks(xp, group, most, hidden, protocol) as ranks:
+    with open_ranks(xp, group, most, hidden, protocol, peers=args.peers) as ranks:
         bench = Bench(ranks, args, progress)
         bench.run()
     return 1 if bench.problems else 0
@@ -386,6 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="of moe_layer")
     add("--tokens", nargs="+", type=_count, metavar="T", help="default: those of each op")
     add("--protocol", choices=PROTOCOLS, default="auto", help="of all calls (default: auto)")
+    add("--no-peers", dest="peers", action="store_false", help="time nothing of NCCL's")
     add("--repeats", type=_count, default=20, help="samples (default: 20)")
     add("--seed", type=int, default=0)
     add("--merge", action="store_true", help="keep rows of the file that are not repeated")

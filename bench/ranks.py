@@ -1,4 +1,4 @@
-"""The ranks of a bench: their group, their memory, NCCL beside them, and an end for those that hang.
+"""The ranks of a bench: their group, their memory, NCCL, and an end for those that hang.
 
 Owns what the ranks share and no figure: a rank's arrays, the protocol that is forced on the
 all-reduces, and what the peers' all-reduce is. On NumPy the same calls go through the group.
@@ -11,7 +11,7 @@ import contextlib
 import faulthandler
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,9 +22,14 @@ from cumoe.arrays import DTYPES, dtype_name
 from cumoe.comm import SingleGroup, Workspace, layout
 from cumoe.comm.group import ExchangeGroup
 from cumoe.config import Array
+from cumoe.kernels_comm import allreduce_spec, select_config
+from cumoe.launch import KernelSpec, get_device, warmup
 
 PROTOCOLS = ("auto", "one_shot", "two_shot", "mixed")
-"""Shipped thresholds; one of the two for all numbers of tokens; one-shot up to an eighth of them."""
+"""Shipped thresholds; one protocol for all numbers of tokens; one-shot up to an eighth of them."""
+
+Kernel = tuple[str, str | None, int, int]
+"""Input policy, quantisation, ranks, tokens."""
 
 COPY_BYTES = 128 << 20
 _ARRAY = "ndarray"
@@ -86,9 +91,7 @@ class Nccl:
         import cupy
 
         stream = cupy.cuda.get_current_stream().ptr
-        self._comm.allReduce(
-            source.data.ptr, target.data.ptr, source.size, *self._kinds, stream
-        )
+        self._comm.allReduce(source.data.ptr, target.data.ptr, source.size, *self._kinds, stream)
 
     def close(self) -> None:
         """Give the communicator up; graphs that hold its work are gone by then. Collective."""
@@ -129,7 +132,7 @@ class Ranks:
     alone : Workspace or Group
         The same of one rank.
     reducer : Nccl, HostSum or None
-        None where NCCL is not installed.
+        None where NCCL is not installed or not wanted.
     max_num_tokens, hidden_size : int
         Largest all-reduce.
     """
@@ -168,7 +171,13 @@ class Ranks:
 
 @contextlib.contextmanager
 def open_ranks(
-    xp: Any, group: Any, max_num_tokens: int, hidden_size: int, protocol: str
+    xp: Any,
+    group: Any,
+    max_num_tokens: int,
+    hidden_size: int,
+    protocol: str,
+    *,
+    peers: bool = True,
 ) -> Iterator[Ranks]:
     """Make the memory of the ranks, and NCCL's communicator; collective.
 
@@ -180,6 +189,8 @@ def open_ranks(
     max_num_tokens, hidden_size : int
     protocol : {"auto", "one_shot", "two_shot", "mixed"}
         Set for the whole process, before the memory is made.
+    peers : bool
+        False makes no communicator.
 
     Yields
     ------
@@ -189,9 +200,10 @@ def open_ranks(
     force_protocol(protocol, group.size, max_num_tokens * hidden_size * 2)
     if xp is np:
         alone = SingleGroup()
-        yield Ranks(xp, group, group, alone, HostSum(group), max_num_tokens, hidden_size)
+        host = HostSum(group) if peers else None
+        yield Ranks(xp, group, group, alone, host, max_num_tokens, hidden_size)
         return
-    reducer = _nccl(group)
+    reducer = _nccl(group) if peers else None
     sizes = (max_num_tokens, hidden_size)
     with Workspace(group, *sizes) as memory, Workspace(SingleGroup(), *sizes) as single:
         yield Ranks(xp, group, memory, single, reducer, *sizes)
@@ -257,6 +269,29 @@ def peer_copy_rates(ranks: Ranks, num_bytes: int = COPY_BYTES) -> dict[str, floa
     }
 
 
+def compile_kernels(ranks: Ranks, kernels: Iterable[Kernel]) -> None:
+    """Compile all-reduce kernels into the cache, on all CPUs at once; collective."""
+    if ranks.on_device and ranks.group.rank == 0:
+        device = get_device(ranks.xp.cuda.Device().id)
+        warmup(specs_of(ranks, kernels, device), [device.arch])
+    ranks.group.barrier()
+
+
+def specs_of(ranks: Ranks, kernels: Iterable[Kernel], device: Any) -> list[KernelSpec]:
+    """Return the compiled form of each kernel on a device."""
+    max_cluster = 8 if device.compute_capability >= (9, 0) else 1
+    found: dict[KernelSpec, None] = {}
+    for policy, quantize, size, tokens in kernels:
+        config = select_config(tokens, ranks.hidden_size, device.num_sms, max_cluster)
+        two_shot = size > 1 and ranks.protocol(tokens) == "two_shot"
+        weights = None if policy == "plain" else "float32"
+        spec = allreduce_spec(
+            policy, "bfloat16", weights, quantize, size, config, two_shot=two_shot
+        )
+        found[spec] = None
+    return list(found)
+
+
 class Watchdog:
     """Ends the process, saying where every thread was, when nothing has been done for a while.
 
@@ -275,7 +310,7 @@ class Watchdog:
     def progress(self) -> None:
         """Start the time anew."""
         if self.seconds:
-            faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=2)
 
     def stop(self) -> None:
         """Watch no more."""
