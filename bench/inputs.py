@@ -209,7 +209,7 @@ def make_weights(
             rows = 2 * num_blocks(size) if name == "w13" else num_blocks(hidden)
             grid = (count, rows, num_blocks(matrix[1]))
             scale = _draw_scale(xp, grid, deviation / rms, seed, number)
-            arrays[f"{name}_scale"] = scale.take(xp.asarray(held), axis=0)
+            arrays[f"{name}_scale"] = scale.take(xp.asarray(np.array(held)), axis=0)
         else:
             values = _normal_quantiles(1 << 16) * np.float32(deviation)
             table = xp.asarray(values.astype(ml_dtypes.bfloat16).view(np.uint16))
