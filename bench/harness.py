@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from bench.record import (
     write_results,
 )
 
+if TYPE_CHECKING:
+    from cumoe.comm import Group
+
 __all__ = [
     "Timing",
     "check_row",
@@ -35,6 +38,7 @@ __all__ = [
     "environment",
     "make_row",
     "measure",
+    "measure_ranks",
     "num_cold_inputs",
     "print_table",
     "write_results",
@@ -294,6 +298,75 @@ def measure(
         if on_sample is not None:
             on_sample(None)
     return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def measure_ranks(
+    variants: Mapping[str, Variant],
+    group: Group,
+    *,
+    calls: int,
+    repeats: int = 20,
+    inputs_rotate: int = 1,
+    graph: bool = True,
+    on_device: bool = True,
+) -> dict[str, Timing]:
+    """Time what the ranks of a group run together, and return the microseconds of a call.
+
+    A sample begins with a barrier and `calls` calls that are not timed, in which the ranks come
+    into step; then as many are, on every rank by its own clock. The slowest rank's time counts.
+
+    Parameters
+    ----------
+    variants : mapping of str to callable
+        As :func:`measure` wants them; every rank passes the same names and makes the same calls.
+    group : Group
+        Each rank with its GPU current.
+    calls : int
+        Back-to-back calls in a sample, with a warm L2.
+    repeats : int
+        Samples of each variant.
+    inputs_rotate : int
+        Input sets to cycle through; those of a sample start with the first.
+    graph : bool
+        Replay one captured CUDA graph of the calls; has no meaning on the host's clock.
+    on_device : bool
+        GPU events, or the host's clock.
+
+    Returns
+    -------
+    dict of str to Timing
+        The same on every rank.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+    """
+    for name, value in (("repeats", repeats), ("calls", calls), ("inputs_rotate", inputs_rotate)):
+        if value < 1:
+            raise ValueError(f"{name}: expected >= 1, got {value}")
+    timer: Clock = DeviceClock() if on_device else HostClock()
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    with timer:
+        prepared: dict[str, _Work] = {}
+        for name, variant in variants.items():
+            for i in range(max(2, inputs_rotate)):
+                variant(i % inputs_rotate)
+            timer.synchronize()
+            group.barrier()
+            prepared[name] = timer.prepare(
+                _repeat(variant, calls, inputs_rotate), graph and on_device
+            )
+        for _ in range(repeats):
+            for name, work in prepared.items():
+                timer.synchronize()
+                group.barrier()
+                samples[name].append(timer.sample(work, 0, flush_l2=False) / calls)
+    found = group.allgather(samples)
+    return {
+        name: Timing.of(max(times) for times in zip(*(own[name] for own in found), strict=True))
+        for name in samples
+    }
 
 
 def _warm_up(timer: Clock, variant: Variant, num_inputs: int, seconds: float) -> None:

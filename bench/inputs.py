@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -163,7 +163,14 @@ def random_bf16(xp: Any, shape: tuple[int, ...], *key: int, deviation: float = 1
     return _draw(xp, table, shape, *key).view(values.dtype)
 
 
-def make_weights(shape: ModelShape, recipe: Recipe, xp: Any, *, seed: int) -> ExpertWeights:
+def make_weights(
+    shape: ModelShape,
+    recipe: Recipe,
+    xp: Any,
+    *,
+    seed: int,
+    experts: Sequence[int] | None = None,
+) -> ExpertWeights:
     """Draw the weights of a layer, shared experts included, in order ``"gate_up"``.
 
     Parameters
@@ -173,6 +180,9 @@ def make_weights(shape: ModelShape, recipe: Recipe, xp: Any, *, seed: int) -> Ex
     xp : module
         ``numpy`` or ``cupy``.
     seed : int
+    experts : sequence of int, optional
+        Only these, in this order: a rank's. They have the numbers that they have in the whole
+        layer.
 
     Returns
     -------
@@ -183,6 +193,7 @@ def make_weights(shape: ModelShape, recipe: Recipe, xp: Any, *, seed: int) -> Ex
     if recipe not in ("bf16", "fp8_block"):
         raise ValueError(f"recipe: expected 'bf16' or 'fp8_block', got {recipe!r}")
     count = shape.num_experts + shape.num_shared_experts
+    held = range(count) if experts is None else experts
     hidden, size = shape.hidden_size, shape.intermediate_size
     fp8 = recipe == "fp8_block"
     matrices = {
@@ -191,18 +202,19 @@ def make_weights(shape: ModelShape, recipe: Recipe, xp: Any, *, seed: int) -> Ex
     }
     arrays: dict[str, Any] = {}
     for number, (name, (matrix, deviation)) in enumerate(matrices.items()):
-        payload = xp.empty((count, *matrix), np.uint8 if fp8 else np.uint16)
+        payload = xp.empty((len(held), *matrix), np.uint8 if fp8 else np.uint16)
         if fp8:
             codes, rms = _fp8_table()
             table = xp.asarray(codes)
             rows = 2 * num_blocks(size) if name == "w13" else num_blocks(hidden)
             grid = (count, rows, num_blocks(matrix[1]))
-            arrays[f"{name}_scale"] = _draw_scale(xp, grid, deviation / rms, seed, number)
+            scale = _draw_scale(xp, grid, deviation / rms, seed, number)
+            arrays[f"{name}_scale"] = scale.take(xp.asarray(np.array(held)), axis=0)
         else:
             values = _normal_quantiles(1 << 16) * np.float32(deviation)
             table = xp.asarray(values.astype(ml_dtypes.bfloat16).view(np.uint16))
-        for expert in range(count):
-            payload[expert] = _draw(xp, table, matrix, seed, number, expert)
+        for i, expert in enumerate(held):
+            payload[i] = _draw(xp, table, matrix, seed, number, expert)
         arrays[name] = payload if fp8 else payload.view(np.dtype(ml_dtypes.bfloat16))
     return ExpertWeights(**arrays, gate_up_order="gate_up", recipe=recipe)
 

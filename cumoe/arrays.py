@@ -33,8 +33,8 @@ _DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_MANAGED = 1, 2, 13
 
 def is_device(x: object) -> bool:
     """Tell whether `x` is a CuPy array."""
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(x, cupy.ndarray)
+    # Another thread may be importing CuPy just now; nobody has an array of it before it has come.
+    return isinstance(x, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
 
 def place_of(x: Array) -> str:

@@ -5,6 +5,8 @@ Device arrays of PyTorch and JAX are in ``test_gpu_interop.py``.
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +15,7 @@ import pytest
 
 import cumoe
 from cumoe import Quantized, Routing, TopK
+from cumoe.arrays import is_device
 from tests.brute_force import random_layer
 from tests.helpers import BF16, FP8, assert_same_bits
 from tests.weight_matrices import Foreign
@@ -147,3 +150,9 @@ class TestJax:
         out = cpu(np.zeros(layer.x.shape, np.float32))
         with pytest.raises(ValueError, match="out: expected a writable array, got an immutable"):
             cumoe.moe(layer.x, layer.logits, layer.weights, routing=ROUTING, out=out)
+
+
+def test_cupy_that_another_thread_is_importing(monkeypatch):
+    """A module is listed before it has its names."""
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    assert not is_device(np.zeros(3))
