@@ -261,6 +261,7 @@ class TestLaunches:
                 max_num_tokens=most,
                 hidden_size=hidden,
                 dtype="bfloat16",
+                kind="ipc",
             )
             out = AllReduced(*(np.zeros((num_tokens, hidden), BF16) for _ in range(3)))
             tokens = Tokens(

@@ -1,8 +1,8 @@
-"""All-reduces over peer memory, with what comes before the sum of the ranks and what follows it.
+"""All-reduces over peer memory or NCCL, with what comes before the sum of the ranks and follows it.
 
-On device arrays one kernel does all of an op; on NumPy arrays the twin does it, over any group. All
-ranks make the same calls in the same order, with the same shapes and dtypes; every rank gets the
-same bits.
+On device arrays one kernel does all of an op, or one on either side of NCCL's sum; on NumPy arrays
+the twin does it, over any group. All ranks make the same calls in the same order, with the same
+shapes and dtypes; every rank gets the same bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from cumoe import kernels
 from cumoe.arrays import as_native, dtype_name, is_device, same_place
 from cumoe.comm.epilogue import Epilogue, check_epilogue, output_arrays, select_outputs
 from cumoe.comm.layout import block_layout
+from cumoe.comm.nccl import plan_sum
 from cumoe.comm.workspace import Workspace
 from cumoe.config import Array, Quantized, check_finite
 from cumoe.finalize import MAX_COLUMNS
@@ -105,6 +106,11 @@ def finalize_allreduce(
     the sum, or the sum plus the residual. The norm is of rounded values and rounded, quantisation
     of the rounded norm. The sign of zeros is lost. Ranks get the same bits, on every run, whatever
     the number of tokens. No host synchronisation; queued on the current stream; can be captured.
+
+    With NCCL (``workspace.kind``) the parts are the same, and the sum is NCCL's: in an order of its
+    own, rounded after each addition, so up to ``size - 1`` times, and once more with the residual.
+    Order and bits may depend on the number of tokens; the sign of a zero sum is not defined. What
+    follows is of that sum as above. Ranks get the same bits as NCCL gives them the same sum.
 
     References
     ----------
@@ -210,7 +216,8 @@ def allreduce(
 
     Notes
     -----
-    The sum is float32, by ascending rank, and rounded once. As :func:`finalize_allreduce`.
+    The sum is float32, by ascending rank, and rounded once; NCCL's is as it is said for
+    :func:`finalize_allreduce`, as is all else.
     """
     x = as_native(x, "x", FLOATS, ndim=2)
     return _run(Tokens("plain", x), {"x": x}, None, workspace, epilogue, outputs, out)
@@ -294,8 +301,8 @@ def _check_workspace(workspace: Any, rows: Array, shape: tuple[int, int]) -> Any
 
 def plan_launches(
     tokens: Tokens, native: AllReduced, workspace: Workspace, device: Device
-) -> list[kernels.Launch]:
-    """Return the launches of a rank, one-shot where the rows of all tokens fit a slot.
+) -> list[kernels.Runnable]:
+    """Return what a rank runs, one-shot where the rows of all tokens fit a slot.
 
     Parameters
     ----------
@@ -309,9 +316,23 @@ def plan_launches(
 
     Returns
     -------
-    list of Launch
-        One, or two where sum and residual are asked for and more goes over the wire than one-shot.
+    list of Runnable
+        One launch, or two where sum and residual are asked for and more goes over the wire than
+        one-shot. With NCCL see :func:`cumoe.comm.nccl.plan_sum`.
     """
+    max_cluster = 8 if device.compute_capability >= (9, 0) else 1
+    config = select_config(tokens.num_tokens, tokens.hidden_size, device.num_sms, max_cluster)
+    quantized = native.quantized
+    full = replace(
+        tokens,
+        sum_out=native.sum,
+        result_out=native.residual,
+        norm_out=native.norm,
+        quant_out=None if quantized is None else quantized.values,
+        scale_out=None if tokens.quantize == "fp8_tensor" else getattr(quantized, "scale", None),
+    )
+    if workspace.kind == "nccl":
+        return plan_sum(tokens, full, workspace.communicator, workspace.scratch, config)
     at = block_layout(
         int(workspace.group.size), workspace.max_num_tokens, workspace.hidden_size, workspace.dtype
     )
@@ -325,17 +346,6 @@ def plan_launches(
         at.results_offset,
     )
     two_shot = len(memory.buffers) > 1 and tokens.num_bytes > at.slot_bytes
-    max_cluster = 8 if device.compute_capability >= (9, 0) else 1
-    config = select_config(tokens.num_tokens, tokens.hidden_size, device.num_sms, max_cluster)
-    quantized = native.quantized
-    full = replace(
-        tokens,
-        sum_out=native.sum,
-        result_out=native.residual,
-        norm_out=native.norm,
-        quant_out=None if quantized is None else quantized.values,
-        scale_out=None if tokens.quantize == "fp8_tensor" else getattr(quantized, "scale", None),
-    )
     calls = [full]
     if tokens.residual is None:
         calls = [replace(full, result_out=native.sum, sum_out=None)]
