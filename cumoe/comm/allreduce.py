@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 from cumoe import kernels
 from cumoe.arrays import as_native, dtype_name, is_device, same_place
+from cumoe.comm.debug import Comparison, compare_calls, describe, is_asked_for
 from cumoe.comm.epilogue import Epilogue, check_epilogue, output_arrays, select_outputs
+from cumoe.comm.group import DEFAULT_TIMEOUT_S
 from cumoe.comm.layout import block_layout
 from cumoe.comm.nccl import plan_sum
 from cumoe.comm.workspace import Workspace
@@ -97,7 +99,10 @@ def finalize_allreduce(
     ------
     TypeError, ValueError
         If an argument has the wrong type, dtype, shape, strides or place, no output is asked for,
-        one is that the epilogue does not compute, or the workspace is closed or too small.
+        one is that the epilogue does not compute, or the workspace is closed or too small. In debug
+        mode (:class:`Workspace`) also if ranks call differently.
+    GroupError
+        In debug mode, if a rank does not come.
 
     Notes
     -----
@@ -264,10 +269,14 @@ def _run(
         group_size=after.group_size if quantized is not None else 0,
     )
     if is_device(rows):
-        if shape[0]:
+        if shape[0] or workspace.debug:
             device = get_device(int(rows.device.id))
             kernels.run(plan_launches(tokens, native, workspace, device), rows)
     else:
+        made = isinstance(workspace, Workspace)
+        if workspace.debug if made else is_asked_for():
+            timeout_s = getattr(workspace, "timeout_s", DEFAULT_TIMEOUT_S)
+            compare_calls(group, describe(tokens, _names(native)), timeout_s)
         _run_twin(tokens, native, group)
     return native if out is None else out
 
@@ -299,6 +308,11 @@ def _check_workspace(workspace: Any, rows: Array, shape: tuple[int, int]) -> Any
     return workspace.group
 
 
+def _names(native: AllReduced) -> tuple[str, ...]:
+    """Return the outputs that are written."""
+    return tuple(name for name, value in native._asdict().items() if value is not None)
+
+
 def plan_launches(
     tokens: Tokens, native: AllReduced, workspace: Workspace, device: Device
 ) -> list[kernels.Runnable]:
@@ -307,7 +321,7 @@ def plan_launches(
     Parameters
     ----------
     tokens : Tokens
-        Of checked arrays, without outputs; at least one token.
+        Of checked arrays, without outputs.
     native : AllReduced
         Outputs.
     workspace : Workspace
@@ -318,8 +332,15 @@ def plan_launches(
     -------
     list of Runnable
         One launch, or two where sum and residual are asked for and more goes over the wire than
-        one-shot. With NCCL see :func:`cumoe.comm.nccl.plan_sum`.
+        one-shot; none without tokens. With NCCL see :func:`cumoe.comm.nccl.plan_sum`. In debug mode
+        a comparison comes first, also without tokens.
     """
+    first: list[kernels.Runnable] = []
+    if workspace.debug:
+        call = describe(tokens, _names(native))
+        first.append(Comparison(workspace.group, call, workspace.timeout_s))
+    if not tokens.num_tokens:
+        return first
     max_cluster = 8 if device.compute_capability >= (9, 0) else 1
     config = select_config(tokens.num_tokens, tokens.hidden_size, device.num_sms, max_cluster)
     quantized = native.quantized
@@ -332,7 +353,8 @@ def plan_launches(
         scale_out=None if tokens.quantize == "fp8_tensor" else getattr(quantized, "scale", None),
     )
     if workspace.kind == "nccl":
-        return plan_sum(tokens, full, workspace.communicator, workspace.scratch, config)
+        sums = plan_sum(tokens, full, workspace.communicator, workspace.scratch, config)
+        return first + sums
     at = block_layout(
         int(workspace.group.size), workspace.max_num_tokens, workspace.hidden_size, workspace.dtype
     )
@@ -353,7 +375,7 @@ def plan_launches(
         # NOTE: one result goes over the wire in two steps; the sum before the residual is another.
         alone = replace(tokens, residual=None, norm_weight=None, quantize=None, group_size=0)
         calls = [replace(alone, result_out=native.sum), replace(full, sum_out=None)]
-    return [launch_allreduce(call, memory, config, two_shot=two_shot) for call in calls]
+    return first + [launch_allreduce(c, memory, config, two_shot=two_shot) for c in calls]
 
 
 def _run_twin(tokens: Tokens, native: AllReduced, group: Any) -> None:

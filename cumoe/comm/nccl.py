@@ -6,6 +6,7 @@ an op with NCCL's sum in their middle. NVLink multicast is not used.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -28,6 +29,9 @@ CONSTANTS = {
     "float16": "NCCL_FLOAT16",
     "float32": "NCCL_FLOAT32",
 }
+
+LAST_WAIT_S = 10.0
+"""How long the end of the interpreter waits for a communicator that is being aborted."""
 
 ALONE = PeerMemory(0, (0,), None, 0, 0, 0, 0)
 """Of kernels that exchange nothing."""
@@ -114,14 +118,18 @@ class Communicator:
         self._made.destroy()
 
     def abort(self) -> None:
-        """End what is queued and free it without the other ranks; does not wait."""
+        """End what is queued and free it without the other ranks; does not wait, never raises."""
 
         def body() -> None:
             with contextlib.suppress(Exception):  # nobody is there to hear of it
                 self._made.abort()
 
-        # NOTE: in a thread, since this too waits until no CUDA graph contains a sum of it.
-        threading.Thread(target=body, name="cumoe NCCL abort", daemon=True).start()
+        # NOTE: in a thread, since this too waits until no CUDA graph contains a sum of it. The end
+        # of the process must not come in the middle of NCCL, nor wait for such a graph.
+        thread = threading.Thread(target=body, name="cumoe NCCL abort", daemon=True)
+        with contextlib.suppress(RuntimeError):  # the interpreter is at its end already
+            thread.start()
+            atexit.register(thread.join, LAST_WAIT_S)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from cumoe.arrays import DTYPES
 from cumoe.comm import nccl
+from cumoe.comm.debug import is_asked_for
 from cumoe.comm.group import (
     DEFAULT_TIMEOUT_S,
     Group,
@@ -82,10 +83,12 @@ class Workspace:
     timeout_s : float
         Of waiting for the other ranks while it is made or closed. Applies to groups of this package
         and to mpi4py communicators; half of it to NCCL.
+    debug : bool, optional
+        Let the ranks compare every op before it runs. By default what ``CUMOE_DEBUG_COMM`` says.
 
     Attributes
     ----------
-    group, max_num_tokens, hidden_size, dtype
+    group, max_num_tokens, hidden_size, dtype, timeout_s, debug
         As given.
     num_bytes : int
         Of one rank's block, ``layout.workspace_bytes`` of the sizes; with NCCL of `scratch`.
@@ -121,9 +124,11 @@ class Workspace:
         *,
         engine: Engine = "auto",
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        debug: bool | None = None,
     ) -> None:
         check_group(group)
-        self.group, self.dtype, self._timeout_s = group, dtype, timeout_s
+        self.group, self.dtype, self.timeout_s = group, dtype, timeout_s
+        self.debug = is_asked_for() if debug is None else debug
         self.max_num_tokens, self.hidden_size = max_num_tokens, hidden_size
         self._buffers: tuple[int, ...] = ()
         self._mapped: list[int] = []
@@ -135,20 +140,24 @@ class Workspace:
         prepared = self._together("Workspace", lambda: self._prepare(engine))
         compare("Workspace(max_num_tokens, hidden_size, dtype)", [p[0] for p in prepared])
         compare("Workspace(engine)", [p[1] for p in prepared])
-        self._connect(engine, [p[2] for p in prepared])
+        compare("Workspace(debug)", [p[2] for p in prepared])
+        self._connect(engine, [p[3] for p in prepared])
         self._closed = False
 
-    def _prepare(self, engine: str) -> tuple[tuple[int, int, str], str, _Place]:
+    def _prepare(self, engine: str) -> tuple[tuple[int, int, str], str, bool, _Place]:
         """Check the arguments; return what must be the same everywhere and where this rank is."""
         self.max_num_tokens = check_int("max_num_tokens", self.max_num_tokens, 1)
         self.hidden_size = check_int("hidden_size", self.hidden_size, 8)
         check_choice("engine", engine, ENGINES)
+        if not isinstance(self.debug, bool):
+            raise TypeError(f"debug: expected a bool or None, got {type(self.debug).__name__}")
         size = int(self.group.size)
         sizes = (self.max_num_tokens, self.hidden_size, self.dtype)
         check_sizes(size if engine == "peer_memory" else min(size, MAX_WORLD_SIZE), *sizes)
         self._memory = PeerMemory()
         self.device = self._memory.device()
-        return sizes, engine, (_host(), f"{os.getpid()}-{_PROCESS}", self.device)
+        place = (_host(), f"{os.getpid()}-{_PROCESS}", self.device)
+        return sizes, engine, self.debug, place
 
     def _connect(self, engine: str, places: list[_Place]) -> None:
         """Make what the engine needs; auto tries peer memory first."""
@@ -222,7 +231,7 @@ class Workspace:
     def _join_nccl(self) -> None:
         """Make the memory of sums and the communicator, and connect the ranks."""
         self.kind = "nccl"
-        rank, size, seconds = int(self.group.rank), int(self.group.size), self._timeout_s / 2
+        rank, size, seconds = int(self.group.rank), int(self.group.size), self.timeout_s / 2
         dtype = DTYPES[self.dtype]
         self.num_bytes = self.max_num_tokens * self.hidden_size * dtype.itemsize
 
@@ -254,7 +263,7 @@ class Workspace:
         except Exception as error:  # whatever it is, the other ranks must hear of it
             own = error
             entry = (what, type(error).__name__, str(error))
-        found = allgather_within(self.group, entry, self._timeout_s)
+        found = allgather_within(self.group, entry, self.timeout_s)
         for rank, other in enumerate(found):
             if not (isinstance(other, tuple) and len(other) == 3 and other[0] == what):
                 raise GroupError(f"rank {self.group.rank} is in {what}, rank {rank} is not")
@@ -321,7 +330,7 @@ class Workspace:
 
     def _release(self, *, failed: bool = False) -> None:
         """Unmap what is mapped and leave NCCL, wait until all ranks have, and free."""
-        seconds = self._timeout_s / 2
+        seconds = self.timeout_s / 2
 
         def unmap() -> None:
             self._buffers = ()
