@@ -54,6 +54,12 @@ def load() -> Any:
     return module
 
 
+def _load_without_multicast() -> Any:
+    """Return the binding, its environment set before NCCL first reads it."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    return load()
+
+
 def within(seconds: float, action: Callable[[], T], late: str) -> T:
     """Return what `action` returns in a thread of its own.
 
@@ -94,8 +100,7 @@ class Communicator:
     """
 
     def __init__(self, size: int, unique_id: tuple[int, ...], rank: int) -> None:
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        self._nccl = load()
+        self._nccl = _load_without_multicast()
         self._made = self._nccl.NcclCommunicator(size, unique_id, rank)
         # NOTE: one reference for good. With the last CuPy destroys what is not closed, which at the
         # end of the interpreter may wait for ever: for a graph, or for ranks that are gone.
@@ -104,8 +109,7 @@ class Communicator:
     @staticmethod
     def new_id() -> tuple[int, ...]:
         """Return what identifies a new communicator; opens a socket that its ranks connect to."""
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        return tuple(map(int, load().get_unique_id()))
+        return tuple(map(int, _load_without_multicast().get_unique_id()))
 
     def queue_sum(self, part: Array, total: Array, stream_ptr: int) -> None:
         """Queue the sum over ranks of equally many elements; `total` may be `part`."""
@@ -173,7 +177,7 @@ def plan_sum(
     Returns
     -------
     list of Runnable
-        Two or three: no kernel for a part that is given, nor where nothing follows the sum.
+        One to three: no kernel for a part that is given, nor where nothing follows the sum.
     """
     shape, dtype = (tokens.num_tokens, tokens.hidden_size), dtype_name(tokens.rows)
     total = full.sum_out
@@ -187,19 +191,10 @@ def plan_sum(
         items.append(allreduce(replace(bare, result_out=total), ALONE, config))
     items.append(NcclSum(communicator, part, total))
     if any(x is not None for x in (full.result_out, full.norm_out, full.quant_out)):
-        after = replace(
-            full,
-            policy="plain",
-            rows=total,
-            weights=None,
-            permuted_idx=None,
-            shared=None,
-            routed_scaling_factor=1.0,
-            sum_out=None,
-        )
-        launch = allreduce(after, ALONE, config)
-        # NOTE: what NCCL leaves last on a captured stream need not be a kernel, so no launch is
-        # made programmatic after it.
+        after = replace(full, policy="plain", rows=total, weights=None, permuted_idx=None)
+        launch = allreduce(replace(after, sum_out=None), ALONE, config)
+        # NCCL's kernel lets nothing begin before its end, so nothing is gained by a programmatic
+        # launch; and on a captured stream what NCCL leaves last need not be a kernel.
         launch.config = replace(launch.config, programmatic=False)
         items.append(launch)
     return items
