@@ -154,7 +154,7 @@ def check_memory(group: TcpGroup, args: argparse.Namespace) -> bool:
             console.print(Text.assemble(("cumoe demo", "bold"), title))
         group.barrier()
         start = time.perf_counter()
-        with Workspace(group, num_tokens, hidden) as workspace:
+        with Workspace(group, num_tokens, hidden, engine="peer_memory") as workspace:
             made = seconds(time.perf_counter() - start)
             size = quantity(workspace.num_bytes, "B")
             console.print(f"GPU {device.id}, {name}: {size} by {workspace.kind}, made in {made}")
