@@ -123,7 +123,7 @@ class Machine:
         self.log: list[tuple[int, str]] = []
         self.fail: dict[tuple[int, str], Exception] = {}
         self.stuck: dict[tuple[int, str], threading.Event] = {}
-        self.joined: dict[tuple[int, ...], list] = {}
+        self.joined: dict[bytes, list] = {}
 
     def memory(self):
         return FakeMemory(self)
@@ -225,10 +225,11 @@ class FakeNccl:
     def get_unique_id(self):
         with self._machine.lock:
             made = next(self._machine.addresses)
-        return (made >> 12 & 127, *[-1] * 127)  # as many of C's chars, which have a sign
+        return made.to_bytes(8, "little") + b"\xff" * 120
 
     def NcclCommunicator(self, size, unique_id, rank):  # noqa: N802
-        assert len(unique_id) == 128 and os.environ["NCCL_NVLS_ENABLE"]
+        assert type(unique_id) is bytes and len(unique_id) == 128  # of CuPy 14
+        assert os.environ["NCCL_NVLS_ENABLE"]
         return FakeCommunicator(self._machine, size, unique_id, rank)
 
 

@@ -31,9 +31,10 @@ from cumoe.comm import (
     finalize_allreduce,
     nccl,
     reduce_allreduce,
+    wire,
     workspace,
 )
-from cumoe.comm.debug import Comparison, compare_calls
+from cumoe.comm.debug import Comparison, compare_calls, describe
 from cumoe.kernels_comm import Tokens
 from tests.helpers import BF16
 
@@ -241,6 +242,17 @@ class TestOnAndOff:
     def test_one_rank(self, monkeypatch):
         monkeypatch.setenv("CUMOE_DEBUG_COMM", "1")
         assert (allreduce(X, SingleGroup()).sum == 1).all()
+
+    def test_plain_data(self):
+        """What is compared travels by every group, and comes back equal."""
+        tokens = Tokens("rows", ROWS, None, INDEX, residual=X, quantize="fp8_ue8m0")
+        call = describe(OP.replace(tokens, group_size=np.int64(32)), ("sum", "quantized"))
+        assert wire.loads(wire.dumps(call)) == call
+        assert (call["op"], call["num_tokens"], call["hidden_size"]) == (
+            "finalize_allreduce",
+            3,
+            32,
+        )
 
     @pytest.mark.parametrize("kind", ["checked", "mpi"])
     def test_other_groups(self, monkeypatch, kind):

@@ -42,7 +42,7 @@ def describe(tokens: Tokens, outputs: tuple[str, ...]) -> dict[str, Any]:
         "epilogue.eps": tokens.eps,
         "epilogue.weight_offset": tokens.weight_offset,
         "epilogue.quantization": tokens.quantize,
-        "epilogue.quantization.group_size": tokens.group_size,
+        "epilogue.quantization.group_size": int(tokens.group_size),
     }
 
 

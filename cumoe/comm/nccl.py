@@ -95,11 +95,11 @@ class Communicator:
     Parameters
     ----------
     size, rank : int
-    unique_id : tuple of int
+    unique_id : bytes
         What :meth:`new_id` returned on one rank.
     """
 
-    def __init__(self, size: int, unique_id: tuple[int, ...], rank: int) -> None:
+    def __init__(self, size: int, unique_id: bytes, rank: int) -> None:
         self._nccl = _load_without_multicast()
         self._made = self._nccl.NcclCommunicator(size, unique_id, rank)
         # NOTE: one reference for good. With the last CuPy destroys what is not closed, which at the
@@ -107,9 +107,9 @@ class Communicator:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._made))
 
     @staticmethod
-    def new_id() -> tuple[int, ...]:
+    def new_id() -> bytes:
         """Return what identifies a new communicator; opens a socket that its ranks connect to."""
-        return tuple(map(int, _load_without_multicast().get_unique_id()))
+        return bytes(_load_without_multicast().get_unique_id())
 
     def queue_sum(self, part: Array, total: Array, stream_ptr: int) -> None:
         """Queue the sum over ranks of equally many elements; `total` may be `part`."""

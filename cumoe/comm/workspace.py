@@ -235,9 +235,9 @@ class Workspace:
         dtype = DTYPES[self.dtype]
         self.num_bytes = self.max_num_tokens * self.hidden_size * dtype.itemsize
 
-        def make() -> tuple[int, ...]:
+        def make() -> bytes:
             self._scratch = self._memory.zeros(self.num_bytes // 4)
-            return () if rank else nccl.Communicator.new_id()
+            return b"" if rank else nccl.Communicator.new_id()
 
         unique_id = self._together(f"Workspace: allocating {self.num_bytes} bytes", make)[0]
 
