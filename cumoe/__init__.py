@@ -6,6 +6,7 @@ the package touches no GPU.
 
 from cumoe import launch, layouts, tuning
 from cumoe.activation import activate
+from cumoe.calibrate import StaticScales, calibrate
 from cumoe.config import (
     Activation,
     ExpertParts,
@@ -50,8 +51,10 @@ __all__ = [
     "QuantizedUE8M0",
     "Routing",
     "RoutingMethod",
+    "StaticScales",
     "TopK",
     "activate",
+    "calibrate",
     "custom_activation",
     "dequantize",
     "finalize",

@@ -42,17 +42,18 @@ from cumoe.layouts import (
     to_device,
     words,
 )
-from cumoe.reference.quantize import quantize_fp8_block_weights as quantize_host
+from cumoe.reference import quantize as reference_quantize
 
-WeightRecipe = Literal["bf16", "fp8_block"]
-"""``"bf16"``: bfloat16 weights. ``"fp8_block"``: float8_e4m3fn, a float32 scale per 128 x 128."""
+WeightRecipe = Literal["bf16", "fp8_block", "fp8_tensor"]
+"""``"bf16"``: bfloat16 weights. ``"fp8_block"``: float8_e4m3fn, a float32 scale per 128 x 128.
+``"fp8_tensor"``: float8_e4m3fn, a float32 scale per matrix, and static scales of activations."""
 
 W13Order = Literal[GateUpOrder, "up"]
 """How w13 holds gate and up, or ``"up"``: rows of up alone, for an activation without a gate."""
 
 W13_ORDERS: tuple[str, ...] = get_args(W13Order)
 WEIGHT_RECIPES: tuple[str, ...] = get_args(WeightRecipe)
-PAYLOAD_DTYPES = {"bf16": "bfloat16", "fp8_block": FP8}
+PAYLOAD_DTYPES = {"bf16": "bfloat16", "fp8_block": FP8, "fp8_tensor": FP8}
 SCALE_BLOCK = 128
 ROW_ALIGNMENT_BYTES = 16
 MAX_LOCAL_EXPERTS = MAX_NUM_EXPERTS + MAX_SHARED_EXPERTS
@@ -75,18 +76,35 @@ def check_order(order: str | None, name: str = "gate_up_order") -> W13Order:
     return cast(W13Order, check_choice(name, order, W13_ORDERS))
 
 
-def find_recipe(recipe: str | None, w13: Any, scales: dict[str, Any]) -> str:
+def find_recipe(
+    recipe: str | None, w13: Any, scales: dict[str, Any], static: dict[str, Any]
+) -> str:
     """Return the stated recipe, or the one that the arrays imply, once the scales agree with it."""
     if recipe is None:
         fp8 = dtype_name(w13) in (FP8, "uint8")
         recipe = "fp8_block" if fp8 or any(s is not None for s in scales.values()) else "bf16"
+        recipe = "fp8_tensor" if any(s is not None for s in static.values()) else recipe
     check_choice("recipe", recipe, WEIGHT_RECIPES)
     for name, scale in scales.items():
-        if recipe == "fp8_block" and scale is None:
-            raise ValueError(f"{name}: expected float32 block scales of an fp8 payload, got None")
+        if recipe != "bf16" and scale is None:
+            kind = "block scales" if recipe == "fp8_block" else "scales"
+            raise ValueError(f"{name}: expected float32 {kind} of an fp8 payload, got None")
         if recipe == "bf16" and scale is not None:
             raise ValueError(f"{name}: expected None with recipe 'bf16', got an array")
+    check_static(recipe, static)
     return recipe
+
+
+def check_static(recipe: str, static: dict[str, Any]) -> None:
+    """Raise unless static scales of activations are there exactly where the recipe has them."""
+    for name, scale in static.items():
+        if recipe == "fp8_tensor" and scale is None:
+            raise ValueError(
+                f"{name}: expected a static scale with recipe 'fp8_tensor', got None; "
+                "cumoe.calibrate finds it from sample tokens"
+            )
+        if recipe != "fp8_tensor" and scale is not None:
+            raise ValueError(f"{name}: expected None with recipe {recipe!r}, got a scale")
 
 
 def check_sizes(hidden_size: int, intermediate_size: int, dtype: str, layout: str) -> None:
@@ -205,6 +223,9 @@ def _allocate(first: Array, count: int, recipe: str, layout: str, sides: int) ->
         rows, columns = num_blocks(size), num_blocks(hidden_size)
         arrays["w13_scale"] = empty(first, (count, sides * rows, columns), "float32")
         arrays["w2_scale"] = empty(first, (count, columns, rows), "float32")
+    elif recipe == "fp8_tensor":
+        arrays["w13_scale"] = empty(first, (count, sides), "float32")
+        arrays["w2_scale"] = empty(first, (count,), "float32")
     return arrays
 
 
@@ -226,13 +247,15 @@ def _store(
         scale = arrays.get("w13_scale")
         if scale is not None:
             half = 0 if order.startswith(name) else 1
-            scale = scale.reshape(scale.shape[0], sides, -1, scale.shape[2])[:, half]
+            if scale.ndim == 3:
+                scale = scale.reshape(scale.shape[0], sides, -1, scale.shape[2])
+            scale = scale[:, half]
     with on_device_of(matrix):
         if scale is None:
             payload = _round_bf16(matrix)
         else:
-            quantized = _quantize(matrix)
-            payload = quantized.values[0]
+            quantized = _quantize(matrix, tensors=scale.ndim == 1)
+            payload = quantized.values
             scale[expert] = quantized.scale[0]
         place = row_view(target, 1)[expert][rows]
         place[...] = words(payload).reshape(place.shape)
@@ -246,17 +269,22 @@ def _round_bf16(matrix: Array) -> Array:
         return matrix.astype(np.float32, copy=False).astype(bfloat16)
 
 
-def _quantize(matrix: Array) -> Quantized:
+def _quantize(matrix: Array, *, tensors: bool) -> Quantized:
+    """Quantise one matrix with one scale, or with those of its blocks."""
     if not is_device(matrix):
-        return quantize_host(matrix[None])
+        if tensors:
+            return reference_quantize.quantize_fp8_tensor(matrix)
+        return reference_quantize.quantize_fp8_block_weights(matrix[None])
     import cupy
 
-    from cumoe.quantize import quantize_fp8_block_weights as quantize_device
+    from cumoe import quantize
 
     matrix = cupy.ascontiguousarray(matrix)
     if address(matrix) % ROW_ALIGNMENT_BYTES:
         matrix = matrix.copy()
-    return quantize_device(matrix[None])
+    if tensors:
+        return quantize.quantize_fp8_tensor(matrix)
+    return quantize.quantize_fp8_block_weights(matrix[None])
 
 
 def widen(x: Array) -> Array:

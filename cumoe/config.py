@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from cumoe.formulas import ACTIVATIONS, PARAMETERS, ActivationFormula
@@ -116,6 +115,9 @@ class Routing:
         Dtype of the returned weights; ``"bfloat16"`` reproduces FlashInfer's rounding.
     bias_round_bf16 : bool
         Round the bias to bfloat16 before use, as FlashInfer's grouped kernel does.
+    weights_on_input : bool
+        The routed weight multiplies a token's products with gate and up instead of the expert's
+        result (Llama 4); top-1 and weights of recipe ``"fp8_tensor"`` only.
 
     Raises
     ------
@@ -139,6 +141,7 @@ class Routing:
     num_shared_experts: int = 0
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     bias_round_bf16: bool = False
+    weights_on_input: bool = False
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -156,16 +159,17 @@ class Routing:
             check_int("num_shared_experts", self.num_shared_experts, 0, MAX_SHARED_EXPERTS),
         )
         check_choice("weights_dtype", self.weights_dtype, ("float32", "bfloat16"))
-        if not isinstance(self.bias_round_bf16, bool):
-            raise TypeError(
-                f"bias_round_bf16: expected a bool, got {type(self.bias_round_bf16).__name__}"
-            )
+        for name in ("bias_round_bf16", "weights_on_input"):
+            if not isinstance(got := getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(got).__name__}")
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k: expected at most num_experts = {self.num_experts}, got {self.top_k}"
             )
         if self.method is RoutingMethod.LLAMA4 and self.top_k != 1:
             raise ValueError(f"top_k: expected 1 with method 'llama4', got {self.top_k}")
+        if self.weights_on_input and self.top_k != 1:
+            raise ValueError(f"weights_on_input: expected top_k = 1, got {self.top_k}")
         self._check_groups()
         if self.normalize is not None:
             if not isinstance(self.normalize, bool):
@@ -398,8 +402,8 @@ class Quantized:
     Parameters
     ----------
     values : array
-        ``float8_e4m3fn`` on NumPy; ``uint8`` holding the same bits on CuPy. Activations are
-        ``(num_tokens, hidden_size)``, weights ``(num_experts, n, k)``.
+        ``float8_e4m3fn``, as ``uint8`` on CuPy: activations ``(num_tokens, hidden_size)``, weights
+        ``(num_experts, n, k)``.
     scale : array, float32
         One value per block; the last block of a row or column may be partial. For (1, 128)
         ``(num_tokens, ceil(hidden_size / 128))`` in row- or column-major order, so FlashInfer's
@@ -478,13 +482,14 @@ class ExpertParts(NamedTuple):
     ----------
     rows : array, bfloat16, shape (max_rows, hidden_size)
         Output of each permuted row, not yet weighted; rows no slot points at are undefined.
-    topk_weights : array, shape (num_tokens, top_k + num_shared_experts)
+    topk_weights : array, shape (num_tokens, top_k + num_shared_experts), or None
+        None, which counts as ones, where the weights were applied on the input.
     permuted_idx : array, int32, shape (num_tokens, top_k + num_shared_experts)
         Row of each slot, -1 where the expert is not held here.
     """
 
     rows: Array
-    topk_weights: Array
+    topk_weights: Array | None
     permuted_idx: Array
 
 
@@ -493,8 +498,3 @@ def max_tiles(num_tokens: int, top_k: int, num_local_experts: int, tile: int) ->
     slots = num_tokens * top_k
     experts = min(num_local_experts, slots)
     return experts + (slots - experts) // tile
-
-
-def float8_dtype() -> np.dtype:
-    """Return ml_dtypes' ``float8_e4m3fn`` as a NumPy dtype."""
-    return np.dtype(ml_dtypes.float8_e4m3fn)

@@ -24,7 +24,8 @@ def finalize(
     ----------
     rows : array, bfloat16, float16 or float32, shape (max_rows, hidden_size), C-contiguous
         ``hidden_size`` is a multiple of 8.
-    topk_weights : array, float32 or bfloat16, shape (num_tokens, top_k)
+    topk_weights : array, float32 or bfloat16, shape (num_tokens, top_k), or None
+        None counts as ones.
     permuted_idx : array, int32, shape (num_tokens, top_k)
         Row of each slot; -1 contributes nothing. At most 64 columns.
     out : array, bfloat16, float16 or float32, shape (num_tokens, hidden_size), optional
@@ -50,7 +51,9 @@ def finalize(
     index = as_native(permuted_idx, "permuted_idx", ("int32",), ndim=2)
     if not 1 <= index.shape[1] <= MAX_COLUMNS:
         raise ValueError(f"permuted_idx: expected 1 to {MAX_COLUMNS} columns, got {index.shape[1]}")
-    weights = as_native(topk_weights, "topk_weights", ("float32", "bfloat16"), shape=index.shape)
+    weights = topk_weights
+    if weights is not None:
+        weights = as_native(weights, "topk_weights", ("float32", "bfloat16"), shape=index.shape)
     inputs: dict[str, Array | None] = {
         "rows": rows,
         "topk_weights": weights,

@@ -19,6 +19,7 @@ from cumoe.layouts import GATE_UP_ORDERS, WEIGHT_LAYOUTS, half_slices
 from cumoe.reference import grouped_gemm as reference
 from cumoe.reference.quantize import dequantize
 from cumoe.tuning import (
+    FP8_TENSOR,
     SM90_ARCH,
     GroupedGemmConfig,
     GroupedGemmProblem,
@@ -38,6 +39,7 @@ from cumoe.validate import (
     check_multiple,
     check_permutation,
     check_rows,
+    check_static_out,
     check_type,
 )
 
@@ -65,11 +67,14 @@ def grouped_gemm(
     Parameters
     ----------
     x : array, bfloat16 or float16, shape (num_tokens or max_rows, k), C-contiguous, or Quantized
-        A row is a multiple of 16 bytes.
+        A row is a multiple of 16 bytes. One scale for all, block (None, None), has shape (1,), or
+        without `gather` (num_local_experts,).
     weight : array, dtype of x, shape (num_local_experts, n, k), or Quantized with 128 x 128 blocks
-        C-contiguous; in ``"block_major_k"`` ``(num_local_experts, k / bk, n, bk)`` with ``bk`` the
-        elements of 128 bytes. ``n`` is a multiple of 8. Scales of a gate-and-up matrix are in
-        halves as :class:`ExpertWeights` says.
+        Beside an x with one scale block (None, None): scale (num_local_experts, 2) for gate and up
+        in their order, else (num_local_experts, 1). C-contiguous; in ``"block_major_k"``
+        ``(num_local_experts, k / bk, n, bk)`` with ``bk`` the elements of 128 bytes. ``n`` is a
+        multiple of 8. Scales of blocks of a gate-and-up matrix are in halves as
+        :class:`ExpertWeights` says.
     permutation : Permutation
         From :func:`group`; on a device its ``tile`` must be a height the kernels have: 16, 32, 64,
         or 128 for 16-bit types; on Hopper also ``tuning.sm90_tiles(dtype)`` for bfloat16, and for
@@ -83,8 +88,10 @@ def grouped_gemm(
         With `gate_up_order` one with a gate, by default plain SwiGLU; without, one without.
     layout : {"major_k", "block_major_k"}
     out_dtype : {"bfloat16", "float16", "float32", "float8_e4m3fn"}
-        ``"float8_e4m3fn"`` (with an activation) requantises with one scale per row and 128 columns.
+        ``"float8_e4m3fn"`` (with an activation) requantises with one scale per row and 128 columns,
+        or by the scale of `out` where x has one.
     out : array or Quantized, optional
+        Required, with its scale, (1,) or (num_local_experts,), for fp8 of an x with one scale.
     config : GroupedGemmConfig or Sm90Config, optional
         Chooses the kernel and its configuration instead of :func:`cumoe.tuning.select_gemm`.
 
@@ -100,7 +107,8 @@ def grouped_gemm(
 
     Notes
     -----
-    float32 accumulation; fp8 products are summed per 128 of k, then scaled and added; one rounding
+    float32 accumulation; fp8 products are summed per 128 of k, then scaled and added, or over all
+    of k where there is one scale (Hopper's tensor cores keep 14 bits of such a sum); one rounding
     at the end. Bitwise repeatable. Queued on the current stream; the first use of a user's
     activation on a device waits for a comparison with its twin.
 
@@ -125,10 +133,14 @@ def grouped_gemm(
             "out_dtype: 'float8_e4m3fn' needs gate_up_order or an activation without a gate, "
             "got neither"
         )
-    a, a_scale = check_rows(x, "x", HALVES)
     num_local = permutation.tokens_per_expert.shape[0]
+    tensors = isinstance(x, Quantized) and x.block == (None, None)
+    block = (None, None) if tensors else (1, 128)
+    a, a_scale = check_rows(x, "x", HALVES, block, 1 if gather else num_local)
     activated = gated or activation is not None
-    operand = _check_weight(weight, a, a_scale, num_local, layout, gate_up_order, activated)
+    operand = _check_weight(
+        weight, a, a_scale, num_local, layout, gate_up_order, activated, tensors
+    )
     if not gather and a.shape[0] != permutation.max_rows:
         raise ValueError(f"x: expected {permutation.max_rows} permuted rows, got {a.shape[0]}")
     act = check_activation(activation, num_local)
@@ -150,9 +162,10 @@ def grouped_gemm(
     same_place(inputs)
     n = operand.num_rows // (2 if gated else 1)
     shape = (permutation.max_rows, n)
+    fp8 = FP8_TENSOR if tensors else FP8
     problem = GroupedGemmProblem(
-        FP8 if a_scale is not None else dtype_name(a),
-        out_dtype,
+        fp8 if a_scale is not None else dtype_name(a),
+        fp8 if out_dtype == FP8 else out_dtype,
         gated,
         gather,
         permutation.tile,
@@ -160,7 +173,10 @@ def grouped_gemm(
     )
     if is_device(a):
         config = _check_config(config, problem, get_device(a.device.id))
-    y, y_scale = activation_outputs(a, out, out_dtype, shape, inputs)
+    if problem.output_dtype == FP8_TENSOR:
+        y, y_scale = check_static_out(out, shape, num_local, inputs)
+    else:
+        y, y_scale = activation_outputs(a, out, out_dtype, shape, inputs)
     check_aligned({"x": a, "weight": operand.values, "out": y})
     if is_device(a):
         assert config is not None
@@ -169,7 +185,7 @@ def grouped_gemm(
             launch = plan_gemm(a, a_scale, operand, y, y_scale, permutation, problem, config, act)
             kernels.run([launch], a)
     else:
-        result = _on_host(a, a_scale, operand, permutation, act, problem, n)
+        result = on_host(a, a_scale, operand, permutation, act, problem, n, y_scale)
         if isinstance(result, Quantized):
             assert y_scale is not None
             y[...], y_scale[...] = result.values, result.scale
@@ -177,7 +193,7 @@ def grouped_gemm(
             y[...] = result
     if out is not None:
         return out
-    return y if y_scale is None else Quantized(y, y_scale)
+    return y if y_scale is None else Quantized(y, y_scale)  # a static scale came with `out`
 
 
 def gemm_spec(
@@ -203,16 +219,14 @@ def plan_gemm(
     problem: GroupedGemmProblem,
     config: GroupedGemmConfig | Sm90Config,
     activation: Activation,
+    token_weights: kernels.TokenWeights | None = None,
 ) -> kernels.Launch:
     """Return the launch of a checked problem."""
+    arrays = (a, a_scale, operand, out, out_scale, permutation)
     if not isinstance(config, Sm90Config):
-        return kernels.grouped_gemm(
-            a, a_scale, operand, out, out_scale, permutation, problem, config, activation
-        )
+        return kernels.grouped_gemm(*arrays, problem, config, activation, token_weights)
     num_sms = get_device(int(a.device.id)).num_sms
-    launch = kernels_sm90.grouped_gemm(
-        a, a_scale, operand, out, out_scale, permutation, problem, config, activation, num_sms
-    )
+    launch = kernels_sm90.grouped_gemm(*arrays, problem, config, activation, num_sms, token_weights)
     if problem.gated or problem.activated:
         launch.spec = kernels.with_activation(launch.spec, activation)
     return launch
@@ -242,6 +256,7 @@ def _check_weight(
     layout: str,
     gate_up_order: str | None,
     activated: bool,
+    tensors: bool,
 ) -> kernels.GemmOperand:
     """Return the weight as the kernel addresses it, checked against the left operand."""
     if (a_scale is not None) != isinstance(weight, Quantized):
@@ -276,8 +291,14 @@ def _check_weight(
     check_multiple("weight", "n", num_rows, sides * granule)
     scale = None
     if isinstance(weight, Quantized):
-        if weight.block != (128, 128):
-            raise ValueError(f"weight.block: expected (128, 128), got {weight.block}")
+        block = (None, None) if tensors else (128, 128)
+        if weight.block != block:
+            raise ValueError(f"weight.block: expected {block}, got {weight.block}")
+    if isinstance(weight, Quantized) and tensors:
+        scale = as_native(
+            weight.scale, "weight.scale", ("float32",), shape=(num_local, 2 if gated else 1)
+        )
+    elif isinstance(weight, Quantized):
         rows = 2 * kernels.blocks(num_rows // 2) if gated else kernels.blocks(num_rows)
         scale = as_native(
             weight.scale, "weight.scale", ("float32",), shape=(num_local, rows, kernels.blocks(k))
@@ -285,7 +306,7 @@ def _check_weight(
     return kernels.GemmOperand(values, scale, num_rows, k, block_major, gate_up_order)
 
 
-def _on_host(
+def on_host(
     a: Array,
     a_scale: Array | None,
     operand: kernels.GemmOperand,
@@ -293,9 +314,16 @@ def _on_host(
     activation: Activation,
     problem: GroupedGemmProblem,
     n: int,
+    out_scale: Array | None = None,
+    token_weights: kernels.TokenWeights | None = None,
 ) -> Array | Quantized:
     """Run the twin: float32 products of the dequantised operands."""
-    wide = dequantize(Quantized(a, a_scale)) if a_scale is not None else a.astype(np.float32)
+    tensors = problem.dtype == FP8_TENSOR
+    if a_scale is not None and tensors:
+        rows = a_scale if a_scale.size == 1 else reference.scale_of_rows(permutation, a_scale)
+        wide = a.astype(np.float32) * rows
+    else:
+        wide = dequantize(Quantized(a, a_scale)) if a_scale is not None else a.astype(np.float32)
 
     def matrix(expert: int) -> Array:
         w = operand.values[expert]
@@ -306,6 +334,8 @@ def _on_host(
     def natural(expert: int) -> Array:
         if operand.scale is None:
             return matrix(expert).astype(np.float32)
+        if tensors:
+            return matrix(expert).astype(np.float32) * operand.scale[expert, 0]
         q = Quantized(matrix(expert)[None], operand.scale[expert][None], block=(128, 128))
         return dequantize(q)[0]
 
@@ -314,6 +344,13 @@ def _on_host(
         parts = [np.ascontiguousarray(matrix(expert)[half]) for half in half_slices(order, n)]
         if operand.scale is None:
             return parts[0].astype(np.float32), parts[1].astype(np.float32)
+        if tensors:
+            sides = (0, 1) if order.startswith("gate") else (1, 0)
+            gate, up = (
+                part.astype(np.float32) * operand.scale[expert, side]
+                for part, side in zip(parts, sides, strict=True)
+            )
+            return gate, up
         scales = [operand.scale[expert, :rows], operand.scale[expert, rows:]]
         if not order.startswith("gate"):
             scales.reverse()
@@ -323,14 +360,24 @@ def _on_host(
         )
         return gate, up
 
-    if problem.gated:
-        y = reference.activated_gemm(
-            wide, permutation, gate_up, n, activation, gather=problem.gather
+    row_weights = None
+    if token_weights is not None:
+        row_weights = reference.weights_of_rows(
+            permutation, token_weights.values, token_weights.num_experts
         )
-    elif problem.activated:
+    if problem.gated or problem.activated:
         y = reference.activated_gemm(
-            wide, permutation, lambda e: (None, natural(e)), n, activation, gather=problem.gather
+            wide,
+            permutation,
+            gate_up if problem.gated else lambda e: (None, natural(e)),
+            n,
+            activation,
+            gather=problem.gather,
+            row_weights=row_weights,
         )
     else:
         y = reference.grouped_gemm(wide, permutation, natural, n, gather=problem.gather)
+    if problem.output_dtype == FP8_TENSOR:
+        assert out_scale is not None
+        return reference.quantize_rows(y, permutation, out_scale)
     return reference.round_rows(y, problem.output_dtype)

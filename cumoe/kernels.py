@@ -24,16 +24,21 @@ from cumoe.launch import (
     get_kernel,
 )
 from cumoe.params import PARAMS
-from cumoe.tuning import GroupedGemmConfig, GroupedGemmProblem, smem_bytes
+from cumoe.tuning import FP8_TENSOR, GroupedGemmConfig, GroupedGemmProblem, smem_bytes
 
-TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3, "uint8": 3}
+TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3, "uint8": 3, FP8_TENSOR: 4}
 """The DataType enum of types.cuh, by dtype name; a device holds fp8 as uint8."""
+
+NO_TYPE = -1
 
 SCALE_BLOCK = 128
 
 
 class Runnable(Protocol):
     """What a stream runs: a launch, or what stands in a list of them without being a kernel."""
+
+    def prepare(self, device: Device) -> Any:
+        """Do ahead what needs no stream, if that has not been done; the device is current."""
 
     def run(self, device: Device, stream_ptr: int) -> None:
         """Queue it on a stream of the device, which is current."""
@@ -48,15 +53,19 @@ class Launch:
     params: np.ndarray
     _prepared: PreparedLaunch | None = None
 
-    def run(self, device: Device, stream_ptr: int) -> None:
-        """Queue the launch on a stream of the device, which is current."""
+    def prepare(self, device: Device) -> PreparedLaunch:
+        """Load the kernel, if that has not been done; the device is current."""
         if self._prepared is None:
             config = self.config
             if device.compute_capability < (9, 0):
                 config = replace(config, programmatic=False)
             kernel = get_kernel(self.spec, device)
             self._prepared = PreparedLaunch(kernel, config, self.params, device)
-        self._prepared.run(stream_ptr)
+        return self._prepared
+
+    def run(self, device: Device, stream_ptr: int) -> None:
+        """Queue the launch on a stream of the device, which is current."""
+        self.prepare(device).run(stream_ptr)
 
 
 def make(
@@ -105,8 +114,10 @@ def blocks(n: int) -> int:
 
 
 def scale_strides(scale: Array | None) -> tuple[int, int]:
-    """Return a 2-D float32 array's strides in elements."""
-    return (0, 0) if scale is None else (scale.strides[0] // 4, scale.strides[1] // 4)
+    """Return the strides of scales in elements; 1-D ones are an expert's, or one for all."""
+    if scale is None or scale.ndim == 1:
+        return int(scale is not None and scale.size > 1), 0
+    return scale.strides[0] // 4, scale.strides[1] // 4
 
 
 def activation_fields(activation: Activation) -> dict[str, Any]:
@@ -137,7 +148,8 @@ class GemmOperand:
     Parameters
     ----------
     values : array, ``(num_local, num_rows, k)`` or, block-major, ``(num_local, k / bk, num_rows,
-    bk)`` scale : array or None, ``(num_local, scale_rows, blocks(k))``
+    bk)``
+    scale : array or None, ``(num_local, scale_rows, blocks(k))``; tensors ``(num_local, halves)``
     num_rows, k : int
     block_major : bool
     gate_up_order : str or None
@@ -154,30 +166,60 @@ class GemmOperand:
     def fields(self) -> dict[str, Any]:
         """Return the ``b`` fields of the parameters."""
         row_bytes = self.k * self.values.dtype.itemsize
-        order = self.gate_up_order
+        order, tensors = self.gate_up_order, self.scale is not None and self.scale.ndim == 2
         fields: dict[str, Any] = {
             "b": self.values,
             "b_scale": self.scale,
             "b_expert_bytes": self.num_rows * row_bytes,
             "b_row_bytes": 128 if self.block_major else row_bytes,
             "b_block_bytes": 128 * self.num_rows if self.block_major else 128,
-            "b_scale_rows": blocks(self.num_rows),
+            "b_scale_rows": 1 if tensors else blocks(self.num_rows),
+            "gate_scale_row": 0,
             "row_step": 1,
             "k_bytes": row_bytes,
         }
         if order is not None:
             half = self.num_rows // 2
+            half_scales = 1 if tensors else blocks(half)
             interleaved, gate_first = order.endswith("interleaved"), order.startswith("gate")
             second = 1 if interleaved else half
             fields |= {
                 "row_step": 2 if interleaved else 1,
                 "first_row": 0 if gate_first else second,
                 "up_row": second if gate_first else 0,
-                "b_scale_rows": 2 * blocks(half),
-                "gate_scale_row": 0 if gate_first else blocks(half),
-                "up_scale_row": blocks(half) if gate_first else 0,
+                "b_scale_rows": 2 * half_scales,
+                "gate_scale_row": 0 if gate_first else half_scales,
+                "up_scale_row": half_scales if gate_first else 0,
             }
         return fields
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWeights:
+    """What the first GEMM multiplies a token's products by, before the activation.
+
+    Parameters
+    ----------
+    values : array, float32 or bfloat16, ``(num_tokens, columns)``; column 0 counts
+    num_experts : int
+        Local experts, the first ones, that do so: the routed.
+    """
+
+    values: Array
+    num_experts: int
+
+    def fields(self) -> dict[str, Any]:
+        """Return the ``token_weights`` fields of the parameters."""
+        return {
+            "token_weights": self.values,
+            "token_weights_columns": self.values.shape[1],
+            "num_weighted": self.num_experts,
+        }
+
+
+def weights_type(problem: GroupedGemmProblem) -> int:
+    """Return the DataType of the token weights, or kNoType."""
+    return NO_TYPE if problem.weights_dtype is None else TYPES[problem.weights_dtype]
 
 
 def grouped_gemm_spec(problem: GroupedGemmProblem, config: GroupedGemmConfig) -> KernelSpec:
@@ -187,6 +229,7 @@ def grouped_gemm_spec(problem: GroupedGemmProblem, config: GroupedGemmConfig) ->
         (
             ("TYPE", TYPES[problem.dtype]),
             ("OUTPUT_TYPE", TYPES[problem.output_dtype]),
+            ("WEIGHTS_TYPE", weights_type(problem)),
             ("GATED", int(problem.gated)),
             ("ACTIVATED", int(problem.gated or problem.activated)),
             ("GATHER", int(problem.gather)),
@@ -209,6 +252,7 @@ def grouped_gemm(
     problem: GroupedGemmProblem,
     config: GroupedGemmConfig,
     activation: Activation,
+    token_weights: TokenWeights | None = None,
 ) -> Launch:
     """Launch for ``out[i] = epilogue(a[source(i)] @ w[e(i)].T)``."""
     n = out.shape[1]
@@ -237,17 +281,18 @@ def grouped_gemm(
         num_column_tiles=column_tiles,
         activation=activation_fields(activation),
         **operand.fields(),
+        **(token_weights.fields() if token_weights is not None else {}),
     )
 
 
-def finalize(rows: Array, weights: Array, permuted_idx: Array, out: Array) -> Launch:
-    """Launch for the weighted sum of each token's rows."""
+def finalize(rows: Array, weights: Array | None, permuted_idx: Array, out: Array) -> Launch:
+    """Launch for the weighted sum of each token's rows; weights of None are ones."""
     num_tokens, hidden_size = out.shape
     spec = KernelSpec(
         "finalize",
         (
             ("ROWS_TYPE", TYPES[dtype_name(rows)]),
-            ("WEIGHTS_TYPE", TYPES[dtype_name(weights)]),
+            ("WEIGHTS_TYPE", TYPES["float32" if weights is None else dtype_name(weights)]),
             ("OUTPUT_TYPE", TYPES[dtype_name(out)]),
         ),
     )

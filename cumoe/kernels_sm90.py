@@ -12,17 +12,35 @@ import numpy as np
 
 from cumoe.arrays import address
 from cumoe.config import Activation, Array, Permutation
-from cumoe.kernels import GemmOperand, Launch, activation_fields, blocks, make, scale_strides
+from cumoe.kernels import (
+    TYPES,
+    GemmOperand,
+    Launch,
+    TokenWeights,
+    activation_fields,
+    make,
+    scale_strides,
+    weights_type,
+)
 from cumoe.launch import KernelSpec, encode_tiled
-from cumoe.tuning import ROW_BYTES, GroupedGemmProblem, Sm90Config, sm90_smem_bytes
+from cumoe.tuning import (
+    ROW_BYTES,
+    SM90_ROWS,
+    GroupedGemmProblem,
+    Sm90Config,
+    sm90_smem_bytes,
+)
 
 
 def grouped_gemm_spec(problem: GroupedGemmProblem, config: Sm90Config) -> KernelSpec:
     """Return the Hopper grouped GEMM for a problem and a configuration."""
-    recipe = "fp8" if problem.dtype == "float8_e4m3fn" else "bf16"
+    blocks = problem.dtype == "float8_e4m3fn"  # scales of blocks
+    types = (("TYPE", TYPES[problem.dtype]), ("WEIGHTS_TYPE", weights_type(problem)))
+    name = "sm90_fp8_rows_grouped_gemm" if config.block_n == SM90_ROWS else "sm90_fp8_grouped_gemm"
     return KernelSpec(
-        f"sm90_{recipe}_grouped_gemm",
+        name if blocks else "sm90_grouped_gemm",
         (
+            *(() if blocks else types),
             ("GATED", int(problem.gated)),
             ("ACTIVATED", int(problem.gated or problem.activated)),
             ("GATHER", int(problem.gather)),
@@ -82,6 +100,7 @@ def grouped_gemm(
     config: Sm90Config,
     activation: Activation,
     num_sms: int,
+    token_weights: TokenWeights | None = None,
 ) -> Launch:
     """Launch for ``out[i] = epilogue(a[source(i)] @ w[e(i)].T)``."""
     gated = problem.gated
@@ -89,9 +108,11 @@ def grouped_gemm(
     column_tiles = -(-n // (128 if gated else 256))
     num_clusters = min(num_sms // config.cluster, permutation.max_tiles * column_tiles)
     fields: dict[str, Any] = operand.fields()
-    second = blocks(operand.num_rows // 2) if gated else 1
+    tensors = operand.scale is not None and operand.scale.ndim == 2
+    # Without a gate the second half is the next block of rows; a tensor has one scale for all.
+    up_scale_row = fields["up_scale_row"] if gated else int(not tensors)
     gate_first = gated and fields["first_row"] == 0
-    a_row, a_block = (0, 0) if a_scale is None else scale_strides(a_scale)
+    a_row, a_block = scale_strides(a_scale)
     out_row, out_block = scale_strides(out_scale)
     return make(
         grouped_gemm_spec(problem, config),
@@ -120,8 +141,9 @@ def grouped_gemm(
         num_column_tiles=column_tiles,
         w_scale_rows=fields["b_scale_rows"] if a_scale is not None else 0,
         first_half=0 if gate_first or not gated else 1,
-        first_scale_row=0 if gate_first or not gated else second,
-        second_scale_row=0 if gated and not gate_first else second,
+        first_scale_row=fields["gate_scale_row"],
+        second_scale_row=up_scale_row,
         block_major=int(operand.block_major),
         activation=activation_fields(activation),
+        **(token_weights.fields() if token_weights is not None else {}),
     )

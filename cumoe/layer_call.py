@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cumoe.arrays import FP8, check_no_overlap, dtype_name, empty, same_place
+from cumoe.arrays import check_no_overlap, dtype_name, empty, same_place
 from cumoe.config import (
     MAX_NUM_EXPERTS,
     MAX_SHARED_EXPERTS,
@@ -26,6 +26,7 @@ from cumoe.custom_activation import check_twin
 from cumoe.launch import get_device
 from cumoe.routing import check_logits
 from cumoe.tuning import (
+    FP8_TENSOR,
     SM90_ARCH,
     GroupedGemmConfig,
     GroupedGemmProblem,
@@ -61,11 +62,22 @@ class LayerSpec:
     shard: ExpertShard
     activation: Activation
     portable: bool = False
+    weights_on_input: bool = False
 
     @property
     def fp8(self) -> bool:
         """Whether activations are quantised."""
-        return self.weights.recipe == "fp8_block"
+        return self.weights.recipe != "bf16"
+
+    @property
+    def tensors(self) -> bool:
+        """Whether a scale is that of a tensor."""
+        return self.weights.recipe == "fp8_tensor"
+
+    @property
+    def gemm_dtype(self) -> str:
+        """Element type of both GEMMs, as a GroupedGemmProblem names it."""
+        return FP8_TENSOR if self.tensors else str(self.weights.dtype)
 
     def runs_sm90(self, arch: str) -> bool:
         """Whether both GEMMs are Hopper's own on a device of this architecture."""
@@ -73,14 +85,13 @@ class LayerSpec:
 
     def tiles(self, arch: str) -> tuple[int, ...]:
         """Return the row tile heights that the GEMMs have on an architecture."""
-        dtype = str(self.weights.dtype)
-        return sm90_tiles(dtype) if self.runs_sm90(arch) else tiles(dtype)
+        return (sm90_tiles if self.runs_sm90(arch) else tiles)(self.gemm_dtype)
 
     def select_tile(self, num_slots: int, arch: str) -> int:
         """Return the row tile height for a number of (token, expert) slots."""
         num_experts = self.num_experts + self.num_shared
         select = select_sm90_tile if self.runs_sm90(arch) else select_tile
-        return select(num_slots, num_experts, str(self.weights.dtype))
+        return select(num_slots, num_experts, self.gemm_dtype)
 
 
 @dataclass(eq=False)
@@ -101,6 +112,14 @@ class LayerCall:
         """Rows of x."""
         return int(self.x.shape[0])
 
+    def weights_dtype(self, spec: LayerSpec) -> str:
+        """Return the dtype of the weights that routing makes or that came."""
+        if self.topk_weights is not None:
+            return dtype_name(self.topk_weights)
+        if self.ids is not None or spec.routing is None:
+            return "bfloat16"
+        return str(spec.routing.weights_dtype)
+
     def key(self) -> tuple[Any, ...]:
         """Return what two calls must share to run the same plan."""
         names = ("x", "x_scale", "logits", "bias", "ids", "topk_weights", "out")
@@ -116,15 +135,20 @@ def check_layer(
     activation: Activation | None,
     num_experts: int | None,
     num_shared_experts: int,
+    weights_on_input: bool = False,
 ) -> LayerSpec:
     """Return the checked layer that weights, routing and shard make."""
     check_type("weights", weights, ExpertWeights, "an ExpertWeights")
+    check_type("weights_on_input", weights_on_input, bool, "a bool")
     held = weights.num_local_experts
     if routing is not None:
         check_type("routing", routing, Routing, "a Routing")
         if num_experts is not None or num_shared_experts:
             raise ValueError("num_experts: expected None with routing, which states it")
+        if weights_on_input:
+            raise ValueError("weights_on_input: expected False with routing, which states it")
         experts, shared = routing.num_experts, routing.num_shared_experts
+        weights_on_input = routing.weights_on_input
     else:
         shared = check_int("num_shared_experts", num_shared_experts, 0, MAX_SHARED_EXPERTS)
         if num_experts is None:
@@ -145,8 +169,14 @@ def check_layer(
             f"activation: {act.name!r} needs weights with {needed}, got gate_up_order "
             f"{weights.gate_up_order!r}"
         )
+    if weights_on_input and weights.recipe != "fp8_tensor":
+        raise ValueError(
+            f"weights_on_input: expected weights of recipe 'fp8_tensor', got {weights.recipe!r}"
+        )
     same_place({"weights": weights.w13, **activation_arrays(act)})
-    spec = LayerSpec(weights, routing, experts, shared, local, act)
+    spec = LayerSpec(
+        weights, routing, experts, shared, local, act, weights_on_input=weights_on_input
+    )
     if weights.is_device:
         device = get_device(int(weights.w13.device.id))
         check_twin(act, weights.w13)
@@ -169,7 +199,8 @@ def check_call(
     if not finalize and out is not None:
         raise ValueError("out: expected None with finalize=False, which returns parts")
     weights = spec.weights
-    native, x_scale = check_rows(x, "x", FLOATS if spec.fp8 else ("bfloat16",))
+    block = (None, None) if spec.tensors else (1, 128)
+    native, x_scale = check_rows(x, "x", FLOATS if spec.fp8 else ("bfloat16",), block)
     if x_scale is not None and not spec.fp8:
         raise TypeError("x: expected a bfloat16 array for recipe 'bf16', got Quantized")
     if native.shape[1] != weights.hidden_size:
@@ -191,6 +222,10 @@ def check_call(
             )
         if call.ids.shape[1] > MAX_TOP_K:
             raise ValueError(f"topk: expected at most {MAX_TOP_K} columns, got {call.ids.shape[1]}")
+        if spec.weights_on_input and call.ids.shape[1] != 1:
+            raise ValueError(
+                f"topk: expected 1 column with weights_on_input, got {call.ids.shape[1]}"
+            )
     if rows != call.num_tokens:
         raise ValueError(f"{name}: expected {call.num_tokens} rows like x, got {rows}")
     if rows * (MAX_TOP_K + MAX_SHARED_EXPERTS) >= 1 << 31:
@@ -217,13 +252,14 @@ def check_call(
 
 
 def gemm_configs(
-    spec: LayerSpec, tile: int, arch: str, max_smem_bytes: int
+    spec: LayerSpec, tile: int, arch: str, max_smem_bytes: int, weights_dtype: str = "float32"
 ) -> list[tuple[GroupedGemmProblem, GroupedGemmConfig | Sm90Config]]:
-    """Return problem and configuration of the two GEMMs."""
-    dtype, gated = str(spec.weights.dtype), spec.activation.gated
+    """Return problem and configuration of the two GEMMs; `weights_dtype` is that of the routing."""
+    dtype, gated = spec.gemm_dtype, spec.activation.gated
     portable = not spec.runs_sm90(arch)
+    weights = weights_dtype if spec.weights_on_input else None
     problems = (
-        GroupedGemmProblem(dtype, FP8 if spec.fp8 else "bfloat16", gated, True, tile, not gated),
+        GroupedGemmProblem(dtype, dtype, gated, True, tile, not gated, weights),
         GroupedGemmProblem(dtype, "bfloat16", False, False, tile),
     )
     return [

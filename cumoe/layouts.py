@@ -46,7 +46,7 @@ BLOCK_BYTES = 128
 FLASHINFER_ROWS: dict[str, tuple[bool, int]] = {
     "bf16": (True, 128),
     "fp8_block": (False, 64),
-    "fp8_per_tensor": (True, 128),
+    "fp8_tensor": (True, 128),
 }
 """FlashInfer's rows by recipe: (w13 interleaved or not, epilogue_tile_m of the row shuffle)."""
 
@@ -428,7 +428,7 @@ def flashinfer_w13_indices(
     ----------
     num_rows : int
         Rows of w13, ``2 * intermediate_size``.
-    recipe : {"bf16", "fp8_block", "fp8_per_tensor"}
+    recipe : {"bf16", "fp8_block", "fp8_tensor"}
         Says by :data:`FLASHINFER_ROWS` whether rows are interleaved and for which tile shuffled.
     gate_up_order : GateUpOrder
         Order on the plain side.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from cumoe.config import Activation, Routing
 
-Recipe = Literal["bf16", "fp8_block"]
+Recipe = Literal["bf16", "fp8_block", "fp8_tensor"]
 
 SCALE_BLOCK = 128
 """Rows and columns of a weight block that share a scale."""
@@ -43,6 +43,9 @@ class ModelShape:
     has_bias : bool
         The router adds a bias for selection.
     activation : Activation
+    weights_on_input : bool
+        The model scales an expert's input by the routing weight, which recipe ``"fp8_tensor"``
+        does; with the others its output is scaled.
     """
 
     name: str
@@ -57,13 +60,14 @@ class ModelShape:
     scaling_factor: float = 1.0
     has_bias: bool = False
     activation: Activation = field(default_factory=Activation)
+    weights_on_input: bool = False
 
     @property
     def total_top_k(self) -> int:
         """Experts a token uses, shared ones included."""
         return self.top_k + self.num_shared_experts
 
-    def routing(self, **overrides: Any) -> Routing:
+    def routing(self, recipe: Recipe = "fp8_block", **overrides: Any) -> Routing:
         """Return the model's :class:`Routing`, with `overrides` replacing its arguments.
 
         Examples
@@ -79,6 +83,7 @@ class ModelShape:
             "top_groups": self.top_groups,
             "scaling_factor": self.scaling_factor,
             "num_shared_experts": self.num_shared_experts,
+            "weights_on_input": self.weights_on_input and recipe == "fp8_tensor",
         }
         return Routing(**(arguments | overrides))
 
@@ -95,9 +100,13 @@ class ModelShape:
         elems = 3 * self.hidden_size * self.intermediate_size
         if recipe == "bf16":
             return 2 * elems
-        if recipe != "fp8_block":
-            raise ValueError(f"recipe: expected 'bf16' or 'fp8_block', got {recipe!r}")
-        num_scales = 3 * _blocks(self.hidden_size) * _blocks(self.intermediate_size)
+        if recipe not in ("fp8_block", "fp8_tensor"):
+            raise ValueError(
+                f"recipe: expected 'bf16', 'fp8_block' or 'fp8_tensor', got {recipe!r}"
+            )
+        num_scales = 3
+        if recipe == "fp8_block":
+            num_scales *= _blocks(self.hidden_size) * _blocks(self.intermediate_size)
         return elems + 4 * num_scales
 
     def active_weight_bytes(self, num_active_experts: int, recipe: Recipe) -> int:
@@ -145,9 +154,15 @@ _SHAPES = (
         "gpt_oss_120b_like", 2880, 2880, 128, 4,
         activation=Activation(alpha=1.702, beta=1.0, limit=7.0),
     ),
-    # The model scales an expert's input by the routing weight; here its output is scaled.
-    ModelShape("llama4_scout_like", 5120, 8192, 16, 1, num_shared_experts=1, method="llama4"),
-    ModelShape("llama4_maverick_like", 5120, 8192, 128, 1, num_shared_experts=1, method="llama4"),
+    # Their inputs are scaled by the routing weight with recipe fp8_tensor only.
+    ModelShape(
+        "llama4_scout_like", 5120, 8192, 16, 1, num_shared_experts=1, method="llama4",
+        weights_on_input=True,
+    ),
+    ModelShape(
+        "llama4_maverick_like", 5120, 8192, 128, 1, num_shared_experts=1, method="llama4",
+        weights_on_input=True,
+    ),
     ModelShape("minimax_m2", 3072, 1536, 256, 8, method="minimax2", has_bias=True),
     # Experts work in a latent space of 1024 with a plain squared ReLU; run here as SwiGLU.
     ModelShape(

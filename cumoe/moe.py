@@ -9,10 +9,11 @@ captured in a CUDA graph.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cumoe.arrays import as_native, dtype_name, empty, same_place
+from cumoe.arrays import as_native, empty, same_place
 from cumoe.config import (
     MAX_TOP_K,
     Activation,
@@ -37,6 +38,10 @@ from cumoe.validate import (
 )
 from cumoe.weights import ExpertWeights
 
+if TYPE_CHECKING:
+    from cumoe import comm
+    from cumoe.comm.layer import LayerRanks
+
 MAX_PLANS = 256  # plans a layer keeps; the least recently used goes first
 
 
@@ -56,12 +61,14 @@ def moe(
     """Run a mixture-of-experts layer from router logits.
 
     ``out[t] = sum over k of weight[t, k] * w2[e] @ act(gate[e] @ x[t], up[e] @ x[t])`` with
-    ``e = ids[t, k]`` chosen by :func:`route`; shared experts take part with weight 1.
+    ``e = ids[t, k]`` chosen by :func:`route`; shared experts take part with weight 1. With
+    ``routing.weights_on_input`` the weight multiplies ``gate[e] @ x[t]`` and ``up[e] @ x[t]``.
 
     Parameters
     ----------
     x : array, shape (num_tokens, hidden_size), C-contiguous, or Quantized
-        bfloat16 for bfloat16 weights; bfloat16, float16, float32 or Quantized for fp8 weights.
+        bfloat16 for bfloat16 weights; bfloat16, float16, float32 or Quantized for fp8 weights,
+        its block (1, 128), or (None, None) for recipe ``"fp8_tensor"``.
     logits : array, float32 or bfloat16, shape (num_tokens, num_experts)
     weights : ExpertWeights
         The experts of `shard`, then the shared experts.
@@ -90,10 +97,10 @@ def moe(
 
     Notes
     -----
-    Accumulates in float32. Rounding points: fp8 recipe: x to fp8 (1 x 128), the activation's result
-    to fp8 (1 x 128), rows and result to bfloat16; bf16 recipe: the activation's result, rows and
-    result to bfloat16. Bitwise repeatable. Queued on CuPy's current stream, no host
-    synchronisation.
+    Accumulates in float32. Rounding points: fp8_block recipe: x to fp8 (1 x 128), the activation's
+    result to fp8 (1 x 128), rows and result to bfloat16; fp8_tensor recipe: likewise by the static
+    scales of the weights; bf16 recipe: the activation's result, rows and result to bfloat16.
+    Bitwise repeatable. Queued on CuPy's current stream, no host synchronisation.
     """
     check_type("routing", routing, Routing, "a Routing")
     layer = check_layer(weights, routing, shard, activation, None, 0)
@@ -108,6 +115,7 @@ def routed_moe(
     *,
     num_experts: int | None = None,
     num_shared_experts: int = 0,
+    weights_on_input: bool = False,
     shard: ExpertShard | None = None,
     activation: Activation | None = None,
     finalize: bool = True,
@@ -129,6 +137,8 @@ def routed_moe(
     num_shared_experts : int
         How many of the last experts of `weights` are shared: every token uses them with weight 1,
         beside the given columns.
+    weights_on_input : bool
+        As in :class:`Routing`; `topk` then has one column.
     shard, activation, finalize, out
         As in :func:`moe`.
 
@@ -147,7 +157,9 @@ def routed_moe(
     As :func:`moe`; with the ids and weights that :func:`route` returns the result has the same
     bits.
     """
-    layer = check_layer(weights, None, shard, activation, num_experts, num_shared_experts)
+    layer = check_layer(
+        weights, None, shard, activation, num_experts, num_shared_experts, weights_on_input
+    )
     call = check_call(layer, x, None, topk, None, finalize, out, None)
     return _run(layer, call, finalize, out)
 
@@ -167,16 +179,25 @@ class MoELayer:
         The router's selection bias.
     shard, activation
         As in :func:`moe`.
-    num_experts, num_shared_experts
+    num_experts, num_shared_experts, weights_on_input
         As in :func:`routed_moe`; only without `routing`.
     portable : bool
         Run the GEMMs that every GPU from compute capability 8.0 on can run, also on Hopper, which
-        has its own for fp8.
+        has its own.
+    group : comm.Group or comm.Workspace, optional
+        Ranks that run the layer together, on the same tokens: each holds its `shard` of the
+        experts, or a slice of the intermediate columns of them all (no `shard`), or both, and a
+        call returns the sum over ranks. From a group the layer makes a workspace, which
+        :meth:`close` closes; one of enough bfloat16 rows may serve any number of layers.
+        Collective.
 
     Raises
     ------
     TypeError, ValueError
-        If the parts do not fit together.
+        If the parts do not fit together; on every rank, if the layers of a group differ or their
+        shards hold some experts more often than others.
+    comm.WorkspaceError, comm.GroupError
+        If ranks cannot share memory, or one does not come.
 
     Notes
     -----
@@ -196,10 +217,14 @@ class MoELayer:
         activation: Activation | None = None,
         num_experts: int | None = None,
         num_shared_experts: int = 0,
+        weights_on_input: bool = False,
         portable: bool = False,
+        group: comm.Group | comm.Workspace | None = None,
     ) -> None:
         check_type("portable", portable, bool, "a bool")
-        spec = check_layer(weights, routing, shard, activation, num_experts, num_shared_experts)
+        spec = check_layer(
+            weights, routing, shard, activation, num_experts, num_shared_experts, weights_on_input
+        )
         self._spec = replace(spec, portable=portable)
         self.max_num_tokens = check_int("max_num_tokens", max_num_tokens, 1)
         if bias is not None:
@@ -213,6 +238,16 @@ class MoELayer:
         if weights.is_device:
             self._workspace = Workspace(weights.w13)
             self._reserve()
+        self._ranks: LayerRanks | None = None
+        if group is not None:
+            from cumoe.comm.layer import LayerRanks
+
+            self._ranks = LayerRanks(group, self._spec, self.max_num_tokens)
+
+    def close(self) -> None:
+        """Close the workspace that the layer made of a group, if it did; collective."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     @property
     def weights(self) -> ExpertWeights:
@@ -233,18 +268,26 @@ class MoELayer:
         finalize: bool = True,
         out: Any = None,
         replay_out: Any = None,
-    ) -> Array | ExpertParts:
+        shared_output: Any = None,
+        epilogue: comm.Epilogue | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> Any:
         """Run the layer; see :func:`moe` (with `logits`) and :func:`routed_moe` (with `topk`).
 
         Parameters
         ----------
         x, logits, topk, finalize, out, replay_out
             Exactly one of `logits` and `topk`. Without `out` the result is the only allocation.
+        shared_output, epilogue, outputs
+            Only with a group; see :func:`comm.finalize_allreduce`. With an epilogue or outputs
+            `out` is an AllReduced, else a bfloat16 array.
 
         Returns
         -------
-        array or ExpertParts
-            Parts are views of the workspace, valid until the next call.
+        array, ExpertParts or comm.AllReduced
+            Parts are views of the workspace, and this rank's, valid until the next call. With a
+            group the sum over ranks, or, with an epilogue or outputs, an AllReduced; the same bits
+            on every rank.
 
         Raises
         ------
@@ -256,17 +299,39 @@ class MoELayer:
             raise ValueError(f"logits: expected exactly one of logits and topk, got {got}")
         if logits is not None and self._spec.routing is None:
             raise ValueError("logits: this layer was built without routing; pass topk")
-        call = check_call(self._spec, x, logits, topk, self._bias, finalize, out, replay_out)
+        check_type("finalize", finalize, bool, "a bool")
+        summed = self._ranks is not None and finalize
+        extras = {"shared_output": shared_output, "epilogue": epilogue, "outputs": outputs}
+        if not summed:
+            for name, value in extras.items():
+                if value is not None:
+                    raise ValueError(f"{name}: expected None without a group that sums the parts")
+        own = (False, None) if summed else (finalize, out)
+        call = check_call(self._spec, x, logits, topk, self._bias, own[0], own[1], replay_out)
         if call.num_tokens > self.max_num_tokens:
             raise ValueError(
                 f"x: expected at most max_num_tokens = {self.max_num_tokens} rows, "
                 f"got {call.num_tokens}"
             )
+        if self._ranks is not None and summed:
+            return self._sum_over(self._ranks, call, out, extras)
         if self._workspace is None or call.num_tokens == 0:
             return _run(self._spec, call, finalize, out)
         plan = self._plan(call)
         _queue(plan, call)
         return plan.parts_of(call) if call.out is None else call.out if out is None else out
+
+    def _sum_over(
+        self, ranks: LayerRanks, call: LayerCall, out: Any, extras: dict[str, Any]
+    ) -> Array | comm.AllReduced:
+        """Run this rank's experts, and sum the parts over all ranks."""
+        if self._workspace is None or call.num_tokens == 0:
+            parts = _run(self._spec, call, False, None)
+            return ranks.prepare(parts, out, **extras).run()
+        plan = self._plan(call)
+        last = ranks.prepare(plan.parts_of(call), out, **extras)
+        _queue(plan, call)
+        return last.run()
 
     def plan(self, num_tokens: int) -> DevicePlan:
         """Return the plan of a call from float32 logits (for reports and benchmarks).
@@ -360,15 +425,15 @@ def _run(spec: LayerSpec, call: LayerCall, finalize: bool, out: Any) -> Array | 
 
 def _no_parts(spec: LayerSpec, call: LayerCall) -> ExpertParts:
     """Return the parts of a call without tokens."""
-    dtype = "bfloat16" if call.topk_weights is None else dtype_name(call.topk_weights)
     if call.ids is not None:
         columns = int(call.ids.shape[1])
     else:
         assert spec.routing is not None
-        columns, dtype = spec.routing.top_k, spec.routing.weights_dtype
+        columns = spec.routing.top_k
     shape = (0, columns + spec.num_shared)
     rows = empty(call.x, (0, spec.weights.hidden_size), "bfloat16")
-    return ExpertParts(rows, empty(call.x, shape, dtype), empty(call.x, shape, "int32"))
+    weights = None if spec.weights_on_input else empty(call.x, shape, call.weights_dtype(spec))
+    return ExpertParts(rows, weights, empty(call.x, shape, "int32"))
 
 
 def _queue(plan: DevicePlan, call: LayerCall) -> None:
@@ -392,7 +457,7 @@ def _on_host(spec: LayerSpec, call: LayerCall) -> ExpertParts:
         call.x_scale,
         topk,
         spec.weights,
-        fp8=spec.fp8,
+        weights_on_input=spec.weights_on_input,
         num_experts=spec.num_experts,
         num_shared_experts=spec.num_shared,
         shard=spec.shard,

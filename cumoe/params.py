@@ -38,6 +38,10 @@ _TABLES = _struct(
     *_fields(_POINTER, "tile_expert tile_row_end num_tiles"),
     *_fields(_I32, "max_tiles tile"),
 )
+_TOKEN_WEIGHTS = [
+    ("token_weights", _POINTER),
+    *_fields(_I32, "token_weights_columns num_weighted"),
+]
 _SM90_GROUPED_GEMM = _struct(
     ("a_map", TENSOR_MAP),
     ("w_map", TENSOR_MAP),
@@ -48,6 +52,7 @@ _SM90_GROUPED_GEMM = _struct(
     *_fields(_I32, "n k_bytes tile num_column_tiles w_scale_rows first_half"),
     *_fields(_I32, "first_scale_row second_scale_row block_major"),
     ("activation", _ACTIVATION),
+    *_TOKEN_WEIGHTS,
 )
 
 _ALLREDUCE = _struct(
@@ -138,7 +143,9 @@ PARAMS: dict[str, np.dtype] = {
         *_fields(_I32, "n k_bytes row_step first_row up_row"),
         *_fields(_I32, "b_scale_rows gate_scale_row up_scale_row num_column_tiles"),
         ("activation", _ACTIVATION),
+        *_TOKEN_WEIGHTS,
     ),
-    "sm90_bf16_grouped_gemm": _SM90_GROUPED_GEMM,
     "sm90_fp8_grouped_gemm": _SM90_GROUPED_GEMM,
+    "sm90_fp8_rows_grouped_gemm": _SM90_GROUPED_GEMM,
+    "sm90_grouped_gemm": _SM90_GROUPED_GEMM,
 }

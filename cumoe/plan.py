@@ -8,7 +8,7 @@ no compile once its kernels are loaded. Knows nothing of validation, which is do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,13 @@ class Workspace:
         return cupy.ndarray(tuple(shape), dtype=want, memptr=buffer.data)
 
 
+class Rows(NamedTuple):
+    """What a GEMM reads or writes: values, and their scales if they are fp8."""
+
+    values: Array
+    scale: Array | None
+
+
 class DevicePlan:
     """The launches of one layer call, stage by stage.
 
@@ -83,10 +90,16 @@ class DevicePlan:
         )
         self.stages["routing"] = launches
         self._bind_source(source, launches)
-        self._own_weights = source.weights is None
-        topk_weights = call.topk_weights if self._own_weights else source.weights
-        rows = self._plan_experts(call, workspace)
-        self.parts = ExpertParts(rows, topk_weights, self.permutation.permuted_idx)
+        own_weights = source.weights is None
+        topk_weights = call.topk_weights if own_weights else source.weights
+        rows = self._plan_experts(call, topk_weights, workspace)
+        if spec.weights_on_input:
+            self.parts = ExpertParts(rows, None, self.permutation.permuted_idx)
+            if own_weights and "gemm1" in self.stages:
+                self._bind("topk_weights", self._gemm1, "token_weights")
+        else:
+            self.parts = ExpertParts(rows, topk_weights, self.permutation.permuted_idx)
+        self._own_weights = own_weights and not spec.weights_on_input
         assert columns == self.permutation.permuted_idx.shape[1]
         if call.out is not None:
             item = kernels.finalize(*self.parts, call.out)
@@ -141,20 +154,26 @@ class DevicePlan:
             for item in launches[1:]:
                 self._bind("ids", item, "ids")
 
-    def _plan_experts(self, call: LayerCall, workspace: Workspace) -> Array:
+    def _plan_experts(self, call: LayerCall, topk_weights: Array, workspace: Workspace) -> Array:
         spec, p = self._spec, self.permutation
         buffers = expert_buffers(spec, call.num_tokens, p.max_rows)
         arrays = {name: workspace.take(name, *kind) for name, kind in buffers.items()}
         x, x_scale = call.x, call.x_scale
         if spec.fp8 and x_scale is None:
-            x, x_scale = arrays["xq"], arrays["xq_scale"]
-            item = kernels_quantize.quantize_fp8_block(call.x, x, x_scale)
+            x = arrays["xq"]
+            x_scale = spec.weights.x_scale if spec.tensors else arrays["xq_scale"]
+            if spec.tensors:
+                item = kernels_quantize.quantize_fp8_tensor(call.x, x, x_scale, None)
+            else:
+                item = kernels_quantize.quantize_fp8_block(call.x, x, x_scale)
             self._bind("x", item, "x")
             self.stages["quantize"] = [item]
         if p.max_tiles == 0:
             return arrays["rows"]
-        act, act_scale = arrays["act"], arrays.get("act_scale")
-        gemm1, gemm2 = self._plan_gemms(x, x_scale, act, act_scale, arrays["rows"])
+        act = Rows(arrays["act"], arrays.get("act_scale", spec.weights.act_scale))
+        gemm1, gemm2 = self._plan_gemms(
+            Rows(x, x_scale), act, arrays["rows"], topk_weights, call.weights_dtype(spec)
+        )
         if x is call.x:
             self._bind("x", gemm1, "a")
             self._bind("x_scale", gemm1, "a_scale")
@@ -163,17 +182,20 @@ class DevicePlan:
         return arrays["rows"]
 
     def _plan_gemms(
-        self, x: Array, x_scale: Array | None, act: Array, act_scale: Array | None, rows: Array
+        self, x: Rows, act: Rows, rows: Array, topk_weights: Array, weights_dtype: str
     ) -> tuple[kernels.Launch, kernels.Launch]:
         spec, p, device = self._spec, self.permutation, self._device
         (problem1, config1), (problem2, config2) = gemm_configs(
-            spec, self.tile, device.arch, device.max_smem_bytes
+            spec, self.tile, device.arch, device.max_smem_bytes, weights_dtype
         )
         self.configs = {"gemm1": config1, "gemm2": config2}
         w13, w2 = operands(spec.weights)
+        weights = None
+        if spec.weights_on_input:
+            weights = kernels.TokenWeights(topk_weights, spec.shard.num_local_experts)
         return (
-            plan_gemm(x, x_scale, w13, act, act_scale, p, problem1, config1, spec.activation),
-            plan_gemm(act, act_scale, w2, rows, None, p, problem2, config2, Activation()),
+            plan_gemm(*x, w13, *act, p, problem1, config1, spec.activation, weights),
+            plan_gemm(*act, w2, rows, None, p, problem2, config2, Activation()),
         )
 
     def run(self, call: LayerCall, stream_ptr: int) -> None:
@@ -181,9 +203,9 @@ class DevicePlan:
         for name, item, field in self._bound:
             item.params[field] = address(getattr(call, name))
         if call.x_scale is not None and "gemm1" in self.stages:
-            row, block = call.x_scale.strides
-            self._gemm1.params["a_scale_row_stride"] = row // 4
-            self._gemm1.params["a_scale_block_stride"] = block // 4
+            row, block = kernels.scale_strides(call.x_scale)
+            self._gemm1.params["a_scale_row_stride"] = row
+            self._gemm1.params["a_scale_block_stride"] = block
         for launches in self.stages.values():
             for item in launches:
                 item.run(self._device, stream_ptr)
@@ -198,18 +220,26 @@ def operands(weights: ExpertWeights) -> tuple[kernels.GemmOperand, kernels.GemmO
     """Return w13 and w2 as the grouped GEMM addresses them."""
     hidden, intermediate = weights.hidden_size, weights.intermediate_size
     blocked = weights.layout == "block_major_k"
+    w2_scale = weights.w2_scale
+    if weights.recipe == "fp8_tensor":
+        assert w2_scale is not None
+        w2_scale = w2_scale[:, None]
     order, rows = (
         (weights.gate_up_order, 2 * intermediate) if weights.gated else (None, intermediate)
     )
     return (
         kernels.GemmOperand(weights.w13, weights.w13_scale, rows, hidden, blocked, order),
-        kernels.GemmOperand(weights.w2, weights.w2_scale, hidden, intermediate, blocked),
+        kernels.GemmOperand(weights.w2, w2_scale, hidden, intermediate, blocked),
     )
 
 
-def gemm_specs(spec: LayerSpec, tile: int, arch: str) -> list[KernelSpec]:
+def gemm_specs(
+    spec: LayerSpec, tile: int, arch: str, weights_dtype: str = "float32"
+) -> list[KernelSpec]:
     """Return the kernels of the two GEMMs for a tile height on an architecture."""
-    (first, config1), (second, config2) = gemm_configs(spec, tile, arch, smem_limit(arch))
+    (first, config1), (second, config2) = gemm_configs(
+        spec, tile, arch, smem_limit(arch), weights_dtype
+    )
     return [gemm_spec(first, config1, spec.activation), gemm_spec(second, config2)]
 
 
@@ -221,6 +251,11 @@ def expert_buffers(
     buffers = {"rows": ((max_rows, hidden), "bfloat16")}
     if not spec.fp8:
         return buffers | {"act": ((max_rows, intermediate), "bfloat16")}
+    if spec.tensors:
+        return buffers | {
+            "act": ((max_rows, intermediate), FP8),
+            "xq": ((num_tokens, hidden), FP8),
+        }
     return buffers | {
         "act": ((max_rows, intermediate), FP8),
         "act_scale": ((max_rows, kernels.blocks(intermediate)), "float32"),

@@ -14,6 +14,9 @@ STATIC_SMEM_BYTES = 2048  # the epilogue's own shared memory, at most
 MAX_STAGES = 4
 TILES = (16, 32, 64, 128)
 MAX_ACCUMULATORS = 128  # per thread, beside fragments and addresses
+FP8_TENSOR = "fp8_tensor"
+"""Element type of a problem: float8_e4m3fn with a scale for the tensor, summed like bfloat16, where
+``"float8_e4m3fn"`` has one for each block."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class GroupedGemmProblem:
     Parameters
     ----------
     dtype : str
-        ``"bfloat16"``, ``"float16"`` or ``"float8_e4m3fn"``.
+        ``"bfloat16"``, ``"float16"``, ``"float8_e4m3fn"`` or :data:`FP8_TENSOR`.
     output_dtype : str
         Any of these or ``"float32"``.
     gated : bool
@@ -34,6 +37,8 @@ class GroupedGemmProblem:
         Tile height of the permutation.
     activated : bool
         The epilogue is an activation without a gate.
+    weights_dtype : str, optional
+        Of the tokens' weights that are applied before the activation.
     """
 
     dtype: str
@@ -42,6 +47,7 @@ class GroupedGemmProblem:
     gather: bool
     tile: int
     activated: bool = False
+    weights_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,15 @@ SM90_ARCH = "sm_90a"
 SM90_SMEM_BYTES = 232448
 SM90_MAX_STAGES = 6
 SM90_CHUNK_BYTES = 32 * 128  # finished rows on their way out: 64 bf16 columns of 32 tokens
-SM90_MAX_BLOCK_N = {"bfloat16": 192, "float8_e4m3fn": 88}  # accumulators and products in registers
-SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4}  # fp8 takes two at a time
+# accumulators and products in registers
+SM90_MAX_BLOCK_N = {"bfloat16": 192, "float8_e4m3fn": 88, FP8_TENSOR: 192}
+SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4, FP8_TENSOR: 3}  # fp8 takes two at a time
+
+SM90_ROWS = 128
+"""Tokens of a block of ``sm90_fp8_rows_grouped_gemm``, which no other fp8 kernel has."""
+
+SM90_ROWS_COST = 310
+"""What a tile of two such blocks costs, in tokens of the other kernels' tiles."""
 
 
 @dataclass(frozen=True)
@@ -173,17 +186,27 @@ class Sm90Config:
 def sm90_smem_bytes(config: Sm90Config, problem: GroupedGemmProblem) -> int:
     """Return the dynamic shared memory of a block, the kernel's ``Smem``."""
     n, stages, chunks = config.block_n, config.num_stages, config.num_chunks
-    size = stages * (2 * 128 + n) * ROW_BYTES + 2 * chunks * SM90_CHUNK_BYTES
+    rows = _is_rows(problem.dtype, n)
+    size = stages * (2 * 128 + n) * ROW_BYTES + (4 if rows else 2) * chunks * SM90_CHUNK_BYTES
     size += 16 * stages + 8 * (2 * stages + 4 * chunks)
-    if problem.dtype == "float8_e4m3fn":
+    if rows:
+        size += (4 * n + 2 * 8) * stages
+    elif problem.dtype == "float8_e4m3fn":
         sets = 1 if problem.gated else 2  # of token scales, and of teams that requantise
         size += 4 * stages * sets * 16 * (-(-n // 16) | 1) + 2 * 8 * stages
         size += (16 * sets + 4 * 8) * (n if problem.gated or problem.activated else 1)
     return -(-size // 16) * 16
 
 
+def _is_rows(dtype: str, block_n: int) -> bool:
+    """Tell whether a block's tokens are the rows of its products, not their columns."""
+    return dtype == "float8_e4m3fn" and block_n == SM90_ROWS
+
+
 def _sm90_chunks(block_n: int, problem: GroupedGemmProblem) -> tuple[int, int]:
     """Return the fewest and the most chunk buffers that are of use."""
+    if _is_rows(problem.dtype, block_n):
+        return (2, 2) if problem.output_dtype == "float8_e4m3fn" else (1, 4)
     if problem.output_dtype == "float8_e4m3fn":  # the staging of requantised rows lies there
         chunks = -(-block_n * 144 * (1 if problem.gated else 2) // (2 * SM90_CHUNK_BYTES))
         return chunks, chunks
@@ -194,15 +217,18 @@ def _sm90_chunks(block_n: int, problem: GroupedGemmProblem) -> tuple[int, int]:
 
 def _sm90_max_block_n(problem: GroupedGemmProblem) -> int:
     """Return the most tokens a block takes, whose sums must fit its registers."""
-    if problem.dtype == "bfloat16" and problem.gather and not problem.gated:
-        return 176  # consumers that copy rows of two parts need registers for it
+    # Consumers that copy rows of two parts, or scale them by weights, need registers for it.
+    needs_registers = problem.dtype == "bfloat16" or problem.weights_dtype is not None
+    if needs_registers and problem.gather and not problem.gated:
+        return 176
     return SM90_MAX_BLOCK_N[problem.dtype]
 
 
 def select_sm90_config(problem: GroupedGemmProblem) -> Sm90Config:
     """Return the deepest pipeline for a problem's row tiles, then the most chunks that fit.
 
-    A tile higher than one block can take is shared by a cluster of two.
+    A tile higher than one block can take is shared by a cluster of two. The highest of fp8 is that
+    of ``sm90_fp8_rows_grouped_gemm``.
 
     Raises
     ------
@@ -230,7 +256,7 @@ def why_illegal_sm90(config: Sm90Config, problem: GroupedGemmProblem) -> str | N
         return f"cluster = {config.cluster}: expected 1 or 2"
     most = _sm90_max_block_n(problem)
     blocks = tuple(h for h in sm90_block_heights(problem.dtype) if h <= most)
-    if config.block_n not in blocks:
+    if config.block_n not in blocks and not _is_rows(problem.dtype, config.block_n):
         return f"block_n = {config.block_n}: expected one of {blocks}"
     if config.block_n * config.cluster < problem.tile:
         return f"{config.cluster} blocks of {config.block_n} do not hold a tile of {problem.tile}"
@@ -256,7 +282,8 @@ def sm90_tiles(dtype: str) -> tuple[int, ...]:
     """Return the row tile heights of the Hopper kernels: of one block, or of a pair."""
     one = sm90_block_heights(dtype)
     # NOTE: pairs of higher blocks have too few stages and chunks beside them to be of use.
-    return one + tuple(2 * height for height in one if one[-1] < 2 * height <= 288)
+    pairs = tuple(2 * height for height in one if one[-1] < 2 * height <= 288)
+    return one + pairs + ((2 * SM90_ROWS,) if dtype == "float8_e4m3fn" else ())
 
 
 def runs_sm90(problem: GroupedGemmProblem) -> bool:
@@ -292,19 +319,23 @@ def select_sm90_tile(num_slots: int, num_experts: int, dtype: str) -> int:
     H200, both GEMMs in us at the heights tried. fp8: DeepSeek-V3 T = 16384 (mean 512): 176 12765,
     144 14295, 160 15265, 88 15320; T = 4096 (128): 144 3610, 160 3690; T = 1024 (32): 48 and 64
     2710; T = 512 (16): 32 2637, 24 2660; Mixtral T = 4096 (1024): 176 2812, 160 2944; Qwen3 T =
-    16384 (1024): 176 1470, 144 1628; T = 4096 (256): 144 454, 160 466. bf16: DeepSeek-V3 T
+    16384 (1024): 176 1470, 144 1628; T = 4096 (256): 144 454, 160 466. fp8 with 256 in one run:
+    DeepSeek-V3 T = 16384: 176 12040, 256 12193; Mixtral T = 4096: 176 3058, 256 2581; Qwen3 T =
+    16384: 176 1409, 256 1282. bf16: DeepSeek-V3 T
     = 16384: 288 18975, 192 20154, 176 20348, 256 21289; T = 4096: 160 6082, 144 6352, 288 9240;
     Mixtral T = 4096: 176 4276, 288 4313, 192 4336; Qwen3 T = 16384 (1024): 176 1992, 192 2093,
     288 2112.
     """
     mean = num_slots / max(num_experts, 1)
-    fixed = {"bfloat16": 40, "float8_e4m3fn": 30}[dtype]  # tokens that cost as much
-    alone = {"bfloat16": 1.1, "float8_e4m3fn": 1.19}[dtype]  # of a block without a partner
+    fixed = {"bfloat16": 40, "float8_e4m3fn": 30}.get(dtype, 40)  # tokens that cost as much
+    alone = {"bfloat16": 1.1, "float8_e4m3fn": 1.19}.get(dtype, 1.1)  # of a block without a partner
 
     def cost(height: int) -> float:
         tiles = 1.0
         for row in range(height, int(mean + 6 * mean**0.5) + 1, height):
             tiles += 0.5 * math.erfc((row - mean) / (2 * mean) ** 0.5)
+        if _is_rows(dtype, height // 2):
+            return tiles * SM90_ROWS_COST
         pair = height > SM90_MAX_BLOCK_N[dtype]
         return tiles * (height + 2 * fixed if pair else alone * (height + fixed))
 

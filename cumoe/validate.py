@@ -64,18 +64,38 @@ def check_shard(shard: ExpertShard | None, num_experts: int) -> ExpertShard:
     return shard
 
 
-def check_rows(x: Any, name: str, dtypes: tuple[str, ...]) -> tuple[Array, Array | None]:
-    """Return payload and scale of ``(num_rows, k)`` activations, plain or Quantized."""
+def check_rows(
+    x: Any,
+    name: str,
+    dtypes: tuple[str, ...],
+    block: tuple[int | None, int | None] = (1, 128),
+    num_scales: int = 1,
+) -> tuple[Array, Array | None]:
+    """Return payload and scale of ``(num_rows, k)`` activations, plain or Quantized in blocks.
+
+    A tensor has one scale or, with rows in expert order, one for each of `num_scales` experts.
+    """
     if not isinstance(x, Quantized):
         return as_native(x, name, dtypes, ndim=2), None
-    if x.block != (1, 128):
-        raise ValueError(f"{name}.block: expected (1, 128) for activations, got {x.block}")
+    if x.block != block:
+        raise ValueError(f"{name}.block: expected {block} for activations, got {x.block}")
     values = as_native(x.values, f"{name}.values", (FP8,), ndim=2)
+    if block == (None, None):
+        return values, check_scales(x.scale, f"{name}.scale", num_scales)
     num_rows, k = values.shape
     scale = as_native(
         x.scale, f"{name}.scale", ("float32",), shape=(num_rows, -(-k // 128)), contiguous=False
     )
     return values, scale
+
+
+def check_scales(scale: Any, name: str, num_experts: int) -> Array:
+    """Return a tensor's scale, or one for each expert."""
+    native = as_native(scale, name, ("float32",), ndim=1)
+    if native.shape[0] not in (1, num_experts):
+        one = "(1,)" if num_experts == 1 else f"(1,) or ({num_experts},)"
+        raise ValueError(f"{name}: expected shape {one}, got {tuple(native.shape)}")
+    return native
 
 
 def check_topk(topk: Any) -> tuple[Array, Array | None]:
@@ -187,6 +207,24 @@ def check_quantized_out(
     )
     check_no_overlap("out.scale", scale, {"out.values": values})
     return Quantized(values, scale, block=block)
+
+
+def check_static_out(
+    out: Any, shape: tuple[int, int], num_experts: int, inputs: dict[str, Array | None]
+) -> tuple[Array, Array]:
+    """Return payload and scale of a caller's fp8 output whose scale is given."""
+    if out is None:
+        raise ValueError(
+            "out: expected a Quantized with a static scale, block (None, None), for fp8 of an x "
+            "with one scale, got None"
+        )
+    check_type("out", out, Quantized, "a Quantized for float8_e4m3fn")
+    if out.block != (None, None):
+        raise ValueError(f"out.block: expected (None, None), got {out.block}")
+    scale = check_scales(out.scale, "out.scale", num_experts)
+    values = check_out(out.values, "out.values", (FP8,), shape, inputs | {"out.scale": scale})
+    same_place({"out.values": values, "out.scale": scale})
+    return values, scale
 
 
 def activation_outputs(

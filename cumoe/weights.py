@@ -1,9 +1,10 @@
-"""Expert weights: w13, w2, their block scales, the gate/up order and the memory layout.
+"""Expert weights: w13, w2, their scales, the gate/up order and the memory layout.
 
 Owns :class:`ExpertWeights`, which is checked once when it is built so that no op has to ask again,
 and the ways to get one: from checkpoint matrices, quantised expert by expert; from FlashInfer's
 layouts; as a shard of another. Payloads are never copied unless the method says so. Scales are in
-natural half order whatever the row order, and each half of w13 has its own grid of 128-row blocks.
+natural half order whatever the row order, and each half of w13 has a grid of 128-row blocks, or a
+scale, of its own.
 """
 
 from __future__ import annotations
@@ -17,15 +18,12 @@ from cumoe.arrays import (
     DTYPES,
     FP8,
     address,
-    as_native,
-    check_shape,
     dtype_name,
     empty,
     is_device,
     same_place,
 )
 from cumoe.checkpoint import (
-    MAX_LOCAL_EXPERTS,
     PAYLOAD_DTYPES,
     ROW_ALIGNMENT_BYTES,
     SCALE_BLOCK,
@@ -33,10 +31,9 @@ from cumoe.checkpoint import (
     WeightRecipe,
     check_order,
     check_sizes,
+    check_static,
     fill_from_experts,
     find_recipe,
-    num_blocks,
-    scale_blocks,
     widen,
 )
 from cumoe.config import Array, ExpertShard, check_choice, check_int
@@ -44,7 +41,6 @@ from cumoe.layouts import (
     WEIGHT_LAYOUTS,
     WeightLayout,
     block_elems,
-    check_weight,
     convert_gate_up_scale,
     flashinfer_w13_indices,
     from_flashinfer_w2,
@@ -56,6 +52,7 @@ from cumoe.layouts import (
     slice_k,
     words,
 )
+from cumoe.weight_arrays import native_payloads, native_scales, scale_expert, slice_scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,16 +72,21 @@ class ExpertWeights:
     w13_scale : array, float32
         Shape ``(num_experts, 2 * blocks(intermediate_size), blocks(hidden_size))``; required with
         an fp8 payload, ``real = payload * scale``. The first half of its rows belongs to the half
-        that `gate_up_order` names first, interleaved or not.
+        that `gate_up_order` names first, interleaved or not. ``"fp8_tensor"``: ``(num_experts, 2)``
+        likewise, or ``(num_experts,)`` for gate and up alike.
     w2_scale : array, float32, shape (num_experts, blocks(hidden_size), blocks(intermediate_size))
-        Required with an fp8 payload.
+        Required with an fp8 payload. ``"fp8_tensor"``: ``(num_experts,)``.
     gate_up_order : {"gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved", "up"}
         Order of w13's rows; required, since no shape tells it. ``"up"``: there is no gate.
     layout : {"major_k", "block_major_k"}
-    recipe : {"bf16", "fp8_block"}, optional
+    recipe : {"bf16", "fp8_block", "fp8_tensor"}, optional
         By default what the scales say.
     dtype : str, optional
         Tag of the payload, ``"bfloat16"`` or ``"float8_e4m3fn"``; by default what the recipe says.
+    x_scale : float or array, float32, shape (1,), optional
+        ``"fp8_tensor"``, and required there: what tokens are divided by, see :func:`calibrate`.
+    act_scale : float or array, float32, shape (num_experts,) or (1,), optional
+        Likewise what the activation's result is divided by.
 
     Raises
     ------
@@ -115,13 +117,16 @@ class ExpertWeights:
     layout: WeightLayout = "major_k"
     recipe: WeightRecipe | None = None
     dtype: str | None = None
+    x_scale: Array | float | None = None
+    act_scale: Array | float | None = None
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         check_order(self.gate_up_order)
         check_choice("layout", self.layout, WEIGHT_LAYOUTS)
         scales = {"w13_scale": self.w13_scale, "w2_scale": self.w2_scale}
-        recipe = find_recipe(self.recipe, self.w13, scales)
+        static = {"x_scale": self.x_scale, "act_scale": self.act_scale}
+        recipe = find_recipe(self.recipe, self.w13, scales, static)
         set_(self, "recipe", recipe)
         dtype = PAYLOAD_DTYPES[recipe]
         if self.dtype not in (None, dtype):
@@ -129,16 +134,11 @@ class ExpertWeights:
                 f"dtype: expected {dtype!r} with recipe {recipe!r}, got {self.dtype!r}"
             )
         set_(self, "dtype", dtype)
-        for name, x in _native_payloads(self, dtype).items():
+        for name, x in native_payloads(self, dtype).items():
             set_(self, name, x)
-        if recipe == "fp8_block":
-            rows, columns = num_blocks(self.intermediate_size), num_blocks(self.hidden_size)
-            grids = {"w13_scale": (self._sides * rows, columns), "w2_scale": (columns, rows)}
-            for name, grid in grids.items():
-                shape = (self.num_local_experts, *grid)
-                set_(self, name, as_native(getattr(self, name), name, ("float32",), shape=shape))
-        arrays = self._arrays()
-        same_place(arrays)
+        for name, x in native_scales(self).items():
+            set_(self, name, x)
+        same_place(self._arrays())
         for name in ("w13", "w2"):
             x = getattr(self, name)
             if is_device(x) and x.size and address(x) % ROW_ALIGNMENT_BYTES:
@@ -147,8 +147,13 @@ class ExpertWeights:
                     f"{address(x):#x}; pass a copy"
                 )
 
-    def _arrays(self) -> dict[str, Array | None]:
-        return {n: getattr(self, n) for n in ("w13", "w2", "w13_scale", "w2_scale")}
+    def _arrays(self) -> dict[str, Array]:
+        names = ("w13", "w2", "w13_scale", "w2_scale", "x_scale", "act_scale")
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
+
+    def _of_experts(self) -> dict[str, Array]:
+        """Return the arrays whose first axis is that of the experts."""
+        return {name: x for name, x in self._arrays().items() if name != "x_scale"}
 
     @property
     def num_local_experts(self) -> int:
@@ -182,7 +187,7 @@ class ExpertWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of payloads and scales."""
-        return sum(int(x.nbytes) for x in self._arrays().values() if x is not None)
+        return sum(int(x.nbytes) for x in self._arrays().values())
 
     def convert(
         self, *, layout: WeightLayout | None = None, gate_up_order: W13Order | None = None
@@ -213,7 +218,10 @@ class ExpertWeights:
                 )
             rows = gate_up_indices(2 * self.intermediate_size, source, target)
             if self.w13_scale is not None and source[:2] != target[:2]:
-                changes["w13_scale"] = convert_gate_up_scale(self.w13_scale, source, target)
+                tensors = self.recipe == "fp8_tensor"
+                scale = self.w13_scale[..., None] if tensors else self.w13_scale
+                scale = convert_gate_up_scale(scale, source, target)
+                changes["w13_scale"] = scale[..., 0] if tensors else scale
         if target != source or layout != self.layout:
             changes["w13"] = rearrange(self.w13, rows=rows, layout=layout, name="w13")
         if layout != self.layout:
@@ -230,8 +238,7 @@ class ExpertWeights:
         """
         start = check_int("start", start, 0, self.num_local_experts)
         stop = check_int("stop", stop, start, self.num_local_experts)
-        arrays = self._arrays()
-        parts: dict[str, Any] = {n: x[start:stop] for n, x in arrays.items() if x is not None}
+        parts: dict[str, Any] = {n: x[start:stop] for n, x in self._of_experts().items()}
         return replace(self, **parts)
 
     def slice_intermediate(self, start: int, stop: int) -> ExpertWeights:
@@ -266,12 +273,8 @@ class ExpertWeights:
         changes: dict[str, Any] = {
             "w13": rearrange(self.w13, rows=rows, name="w13"),
             "w2": slice_k(self.w2, start, stop),
+            **slice_scales(self, start, stop),
         }
-        if self.w13_scale is not None:
-            first, last, half = start // SCALE_BLOCK, num_blocks(stop), num_blocks(size)
-            block_rows = np.add.outer(half * np.arange(sides), np.r_[first:last]).ravel()
-            changes["w13_scale"] = rearrange(self.w13_scale, rows=block_rows, name="w13_scale")
-            changes["w2_scale"] = slice_k(self.w2_scale, first, last)
         return replace(self, **changes)
 
     def shard(self, shard: ExpertShard, num_shared_experts: int = 0) -> ExpertWeights:
@@ -302,13 +305,12 @@ class ExpertWeights:
         if num_shared_experts == 0:
             return self.slice_experts(start, stop)
         parts: dict[str, Any] = {}
-        for name, x in self._arrays().items():
-            if x is not None:
-                part = empty(x, (stop - start + num_shared_experts, *x.shape[1:]), dtype_name(x))
-                with on_device_of(x):
-                    words(part)[: stop - start] = words(x)[start:stop]
-                    words(part)[stop - start :] = words(x)[routed:]
-                parts[name] = part
+        for name, x in self._of_experts().items():
+            part = empty(x, (stop - start + num_shared_experts, *x.shape[1:]), dtype_name(x))
+            with on_device_of(x):
+                words(part)[: stop - start] = words(x)[start:stop]
+                words(part)[stop - start :] = words(x)[routed:]
+            parts[name] = part
         return replace(self, **parts)
 
     def to_device(self) -> ExpertWeights:
@@ -319,9 +321,8 @@ class ExpertWeights:
             return self
         parts: dict[str, Any] = {}
         for name, x in self._arrays().items():
-            if x is not None:
-                dtype = DTYPES["uint8"] if x.dtype == DTYPES[FP8] else x.dtype
-                parts[name] = cupy.asarray(words(x)).view(dtype)
+            dtype = DTYPES["uint8"] if x.dtype == DTYPES[FP8] else x.dtype
+            parts[name] = cupy.asarray(words(x)).view(dtype)
         return replace(self, **parts)
 
     def to_host(self) -> ExpertWeights:
@@ -330,9 +331,8 @@ class ExpertWeights:
             return self
         parts: dict[str, Any] = {}
         for name, x in self._arrays().items():
-            if x is not None:
-                dtype = DTYPES[FP8] if x.dtype == np.uint8 else x.dtype
-                parts[name] = words(x).get().view(dtype)
+            dtype = DTYPES[FP8] if x.dtype == np.uint8 else x.dtype
+            parts[name] = words(x).get().view(dtype)
         return replace(self, **parts)
 
     def dequantize_expert(self, expert: int) -> tuple[Array | None, Array, Array]:
@@ -355,12 +355,8 @@ class ExpertWeights:
         with on_device_of(self.w13):
             w13, down = widen(self.w13[expert]), widen(self.w2[expert])
             gate, up = (w13[rows].copy() for rows in half_slices(order, size))
-            if self.w13_scale is not None and self.w2_scale is not None:
-                scales = self.w13_scale[expert].reshape(self._sides, -1, self.w13_scale.shape[2])
-                first = -1 if order.startswith("up") else 0
-                scale_blocks(gate, scales[first])
-                scale_blocks(up, scales[-1 - first])
-                scale_blocks(down, self.w2_scale[expert])
+            if self.w13_scale is not None:
+                scale_expert(self, expert, order, gate, up, down)
         return gate if self.gated else None, up, down
 
     @classmethod
@@ -374,6 +370,8 @@ class ExpertWeights:
         gate_up_order: W13Order = "gate_up",
         layout: WeightLayout = "major_k",
         num_experts: int | None = None,
+        x_scale: Any = None,
+        act_scale: Any = None,
     ) -> ExpertWeights:
         """Build weights from each expert's matrices, quantising them one at a time.
 
@@ -386,11 +384,13 @@ class ExpertWeights:
         down : array or iterable of arrays
             ``(num_experts, hidden_size, intermediate_size)``, or one
             ``(hidden_size, intermediate_size)`` matrix per expert.
-        recipe : {"fp8_block", "bf16"}
+        recipe : {"fp8_block", "bf16", "fp8_tensor"}
         gate_up_order, layout : str
             How the result is stored; all choices hold the same numbers.
         num_experts : int, optional
             Required if `gate`, `up` and `down` are iterators without a length.
+        x_scale, act_scale : float or array
+            ``"fp8_tensor"`` only, as in :class:`ExpertWeights`.
 
         Returns
         -------
@@ -406,8 +406,11 @@ class ExpertWeights:
         -----
         The result is allocated once and filled in the order gate, up, down of each expert, so an
         iterator that loads matrices lazily keeps one of them in memory. ``"fp8_block"`` rounds as
-        :func:`cumoe.quantize_fp8_block_weights`; ``"bf16"`` to nearest even.
+        :func:`cumoe.quantize_fp8_block_weights`, ``"fp8_tensor"`` each matrix as
+        :func:`cumoe.quantize_fp8_tensor`; ``"bf16"`` to nearest even.
         """
+        static = {"x_scale": x_scale, "act_scale": act_scale}
+        check_static(recipe, static)
         arrays = fill_from_experts(
             gate,
             up,
@@ -417,7 +420,7 @@ class ExpertWeights:
             layout=layout,
             num_experts=num_experts,
         )
-        return cls(**arrays, gate_up_order=gate_up_order, layout=layout, recipe=recipe)
+        return cls(**arrays, **static, gate_up_order=gate_up_order, layout=layout, recipe=recipe)
 
     @classmethod
     def from_flashinfer(
@@ -430,6 +433,8 @@ class ExpertWeights:
         shuffled: bool,
         layout: WeightLayout = "major_k",
         interleaved: bool | None = None,
+        x_scale: Any = None,
+        act_scale: Any = None,
     ) -> ExpertWeights:
         """Take over weights prepared for FlashInfer's kernels, undoing their row permutation.
 
@@ -437,14 +442,18 @@ class ExpertWeights:
         ----------
         w13, w2, w13_scale, w2_scale : array
             FlashInfer's ``gemm1_weights``, ``gemm2_weights`` and their scales: up first, bf16, or
-            fp8 with 128 x 128 scales.
+            fp8 with 128 x 128 scales; with `x_scale` and `act_scale` fp8 with those of tensors.
         shuffled : bool
             FlashInfer's ``use_shuffled_weight`` (its default: True for bf16, False for fp8).
         layout : {"major_k", "block_major_k"}
             FlashInfer's ``weight_layout`` (MajorK by default for fp8, BlockMajorK for bf16).
         interleaved : bool, optional
             Whether up and gate rows alternate; by default as the recipe's kernels want, that is
-            for bf16 only.
+            not with 128 x 128 scales.
+        x_scale, act_scale : float or array, optional
+            As in :class:`ExpertWeights`. FlashInfer's ``output1_scales_gate_scalar`` is
+            ``x_scale`` times the gate's scale, ``output1_scales_scalar`` that of up over
+            ``act_scale``, ``output2_scales_scalar`` ``act_scale * w2_scale``.
 
         Returns
         -------
@@ -457,7 +466,8 @@ class ExpertWeights:
             As :class:`ExpertWeights`; or if an fp8 intermediate size is no multiple of 128, or the
             rows fit no shuffle block.
         """
-        raw = cls(w13, w2, w13_scale, w2_scale, gate_up_order="up_gate", layout=layout)
+        scales: dict[str, Any] = {"x_scale": x_scale, "act_scale": act_scale}
+        raw = cls(w13, w2, w13_scale, w2_scale, gate_up_order="up_gate", layout=layout, **scales)
         recipe, size = str(raw.recipe), raw.intermediate_size
         if recipe == "fp8_block" and size % SCALE_BLOCK:
             raise ValueError(
@@ -473,24 +483,3 @@ class ExpertWeights:
         if shuffled:
             changes["w2"] = from_flashinfer_w2(raw.w2, recipe)
         return replace(raw, **changes)
-
-
-def _native_payloads(weights: ExpertWeights, dtype: str) -> dict[str, Array]:
-    """Return w13 and w2 as native arrays once their shapes agree and kernels can read them."""
-    blocked = weights.layout == "block_major_k"
-    payloads = {}
-    for name in ("w13", "w2"):
-        x = as_native(getattr(weights, name), name, (dtype,), ndim=4 if blocked else 3)
-        payloads[name] = check_weight(x, name)
-    w13 = payloads["w13"]
-    num_experts, num_rows = int(w13.shape[0]), int(w13.shape[-2])
-    hidden_size = int(w13.shape[1] * w13.shape[3] if blocked else w13.shape[2])
-    sides = 2 if weights.gated else 1
-    if num_rows % sides:
-        raise ValueError(f"w13: expected an even number of gate and up rows, got {num_rows}")
-    size, bk = num_rows // sides, block_elems(w13)
-    check_sizes(hidden_size, size, dtype, weights.layout)
-    check_int("num_local_experts", num_experts, 0, MAX_LOCAL_EXPERTS)
-    w2_shape = (size // bk, hidden_size, bk) if blocked else (hidden_size, size)
-    check_shape("w2", payloads["w2"], (num_experts, *w2_shape))
-    return payloads

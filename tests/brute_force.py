@@ -50,6 +50,12 @@ def quantize_row(x: np.ndarray) -> np.ndarray:
     return np.concatenate([_quantize_block(x[i : i + 128]) for i in range(0, len(x), 128)])
 
 
+def quantize_static(x: np.ndarray, scale: float) -> np.ndarray:
+    """Return what numbers read back as after fp8 quantisation by a given float32 scale."""
+    quotient = x.astype(np.float32) / np.float32(scale)
+    return round_e4m3(quotient.astype(np.float64)) * np.float64(np.float32(scale))
+
+
 def quantize_matrix(w: np.ndarray) -> np.ndarray:
     """Return what a matrix reads back as with a scale for each 128 x 128 block."""
     result = np.empty(w.shape)
@@ -155,6 +161,8 @@ class Layer:
     layout: str = "major_k"
     activation: dict[str, Any] = field(default_factory=dict)
     kind: str = "swiglu"
+    x_scale: float = 0.0  # static scales of recipe fp8_tensor
+    act_scale: np.ndarray | None = None
     _exact: dict[int, Matrices] = field(default_factory=dict)
 
     @property
@@ -168,7 +176,13 @@ class Layer:
             recipe=self.recipe,  # type: ignore[arg-type]
             gate_up_order=self.order,  # type: ignore[arg-type]
             layout=self.layout,  # type: ignore[arg-type]
+            **({} if self.act_scale is None else self.static_scales),
         )
+
+    @property
+    def static_scales(self) -> dict[str, Any]:
+        """The scales of recipe fp8_tensor, by argument name."""
+        return {"x_scale": self.x_scale, "act_scale": self.act_scale}
 
     def topk(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the oracle's ids and weights."""
@@ -177,19 +191,30 @@ class Layer:
     def rounded(self, expert: int) -> Matrices:
         """Return what an expert's matrices read back as, in float64."""
         if expert not in self._exact:
-            rounding = quantize_matrix if self.recipe == "fp8_block" else round_bf16
+            rounding = {
+                "bf16": round_bf16, "fp8_block": quantize_matrix, "fp8_tensor": _quantize_block
+            }[self.recipe]  # fmt: skip
             gate, up, down = (rounding(m[expert].astype(np.float64)) for m in self.matrices)
             self._exact[expert] = gate, up, down
         return self._exact[expert]
 
-    def slot(self, token: np.ndarray, expert: int, local: int) -> np.ndarray:
-        """Return the row of one token and one expert, rounded to bfloat16."""
+    def slot(self, token: np.ndarray, expert: int, local: int, weight: float = 1.0) -> np.ndarray:
+        """Return the row of one token and one expert, rounded to bfloat16.
+
+        `weight` is one that is applied on the input.
+        """
         gate, up, down = self.rounded(expert)
-        fp8 = self.recipe == "fp8_block"
-        x = quantize_row(token) if fp8 else token
+        if self.act_scale is not None:
+            x = quantize_static(token, self.x_scale)
+        else:
+            x = quantize_row(token) if self.recipe == "fp8_block" else token
         values = {n: v[local] if np.ndim(v) else v for n, v in self.activation.items()}
-        y = activate(self.kind, gate @ x, up @ x, **values)
-        return round_bf16(down @ (quantize_row(y) if fp8 else round_bf16(y)))
+        y = activate(self.kind, gate @ x * weight, up @ x * weight, **values)
+        if self.act_scale is not None:
+            y = quantize_static(y, self.act_scale[expert])
+        else:
+            y = quantize_row(y) if self.recipe == "fp8_block" else round_bf16(y)
+        return round_bf16(down @ y)
 
     def run(
         self,
@@ -209,7 +234,9 @@ class Layer:
         for t, k in np.ndindex(*ids.shape):
             e, weight = int(ids[t, k]), float(weights[t, k])
             if max(first, 0) <= e < min(first + held, num_experts):
-                out[t] += weight * self.slot(x[t], e, e - first)
+                on_input = weight if self.routing.weights_on_input else 1.0
+                row = self.slot(x[t], e, e - first, on_input)
+                out[t] += weight * row if on_input == 1.0 else row
             elif num_experts <= e < len(self.matrices[0]) and start <= t < stop:
                 out[t] += weight * self.slot(x[t], e, held + e - num_experts)
         return out
@@ -238,6 +265,9 @@ def random_layer(
     ]
     x = rng.standard_normal((num_tokens, hidden_size), np.float32)
     x[:, ::37] *= 8
+    if recipe == "fp8_tensor":
+        act_scale = 0.05 * (1 + np.arange(experts) % 3 / 2)
+        fields = {"x_scale": 0.05, "act_scale": act_scale.astype(np.float32)} | fields
     return Layer(
         x.astype(x_dtype),
         rng.standard_normal((num_tokens, routing.num_experts), np.float32).astype(logits_dtype),

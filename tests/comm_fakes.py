@@ -178,6 +178,9 @@ class FakeMemory:
     def zeros(self, count):
         return np.zeros(count, np.int32)
 
+    def stream(self):
+        return 0
+
     def synchronize(self):
         with self._machine.lock:
             self._note("synchronize")

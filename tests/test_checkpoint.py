@@ -24,6 +24,7 @@ from tests.weight_matrices import (
     build,
     draw,
     quantize,
+    static_scales,
 )
 
 
@@ -74,7 +75,7 @@ def test_fp8_block_error_is_bounded_in_every_block(
 def test_without_a_gate(rng: np.random.Generator, recipe: Any, layout: Any) -> None:
     """w13 holds the up rows alone: those of the gated weights, from both ways to build them."""
     gate, up, down = draw(rng, 5, 256, 384)
-    options: dict[str, Any] = {"recipe": recipe, "layout": layout}
+    options: dict[str, Any] = {"recipe": recipe, "layout": layout, **static_scales(recipe)}
     gated = ExpertWeights.from_experts(gate, up, down, **options)
     weights = ExpertWeights.from_experts(None, up, down, gate_up_order="up", **options)
     assert not weights.gated and gated.gated
@@ -92,7 +93,7 @@ def test_without_a_gate(rng: np.random.Generator, recipe: Any, layout: Any) -> N
     other = {"major_k": "block_major_k", "block_major_k": "major_k"}[layout]
     changed = weights.convert(layout=other)  # type: ignore[arg-type]
     want = ExpertWeights.from_experts(
-        None, up, down, recipe=recipe, gate_up_order="up", layout=other
+        None, up, down, **{**options, "gate_up_order": "up", "layout": other}
     )
     assert_same(changed, want)
     half = weights.slice_intermediate(128, 256)
@@ -107,7 +108,7 @@ def test_without_a_gate(rng: np.random.Generator, recipe: Any, layout: Any) -> N
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_source_dtypes(rng: np.random.Generator, recipe: Any, dtype: np.dtype) -> None:
     matrices = draw(rng, 2, 48, 160, dtype)
-    weights = ExpertWeights.from_experts(*matrices, recipe=recipe)
+    weights = ExpertWeights.from_experts(*matrices, recipe=recipe, **static_scales(recipe))
     assert_holds(weights, matrices)
 
 
@@ -149,12 +150,13 @@ def test_strided_matrices(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_sequences_and_iterators(rng: np.random.Generator, recipe: Any) -> None:
     gate, up, down = draw(rng, 3, 48, 160)
-    want = ExpertWeights.from_experts(gate, up, down, recipe=recipe)
+    options: dict[str, Any] = {"recipe": recipe, **static_scales(recipe)}
+    want = ExpertWeights.from_experts(gate, up, down, **options)
     lists = [list(x) for x in (gate, up, down)]
-    assert_same(ExpertWeights.from_experts(*lists, recipe=recipe), want)
+    assert_same(ExpertWeights.from_experts(*lists, **options), want)
     streams = [iter(x) for x in lists]
-    assert_same(ExpertWeights.from_experts(*streams, recipe=recipe, num_experts=3), want)
-    mixed = ExpertWeights.from_experts(gate, tuple(up), iter(lists[2]), recipe=recipe)
+    assert_same(ExpertWeights.from_experts(*streams, **options, num_experts=3), want)
+    mixed = ExpertWeights.from_experts(gate, tuple(up), iter(lists[2]), **options)
     assert_same(mixed, want)
 
 
@@ -179,6 +181,7 @@ def test_iterators_keep_one_matrix_alive(rng: np.random.Generator, recipe: Any) 
         load("down", (48, 32)),
         recipe=recipe,
         num_experts=4,
+        **static_scales(recipe),
     )
     assert asked == ["gate", "up", "down"] * 4
 
@@ -199,6 +202,7 @@ def test_memory_is_the_result_and_a_few_matrices(recipe: Any, layout: Any) -> No
         "layout": layout,
         "gate_up_order": "up_gate_interleaved",
         "num_experts": num_experts,
+        **static_scales(recipe),
     }
     shapes = [(size, hidden_size), (size, hidden_size), (hidden_size, size)]
     tracemalloc.start()
@@ -232,6 +236,11 @@ def of_sizes(size: int, hidden_size: int, **options: Any) -> Callable[[], Any]:
 
 BAD_VALUES: list[tuple[str, Callable[[], Any]]] = [
     ("recipe: expected one of .*, got 'fp8'", from_experts(G, G, D, recipe="fp8")),
+    ("x_scale: expected a static scale .*, got None", from_experts(G, G, D, recipe="fp8_tensor")),
+    (
+        "act_scale: expected None with recipe 'fp8_block', got a scale",
+        from_experts(G, G, D, act_scale=1.0),
+    ),
     ("layout: expected one of .*, got 'k_major'", from_experts(G, G, D, layout="k_major")),
     (
         "gate: expected None with gate_up_order 'up', got ",
@@ -307,6 +316,7 @@ def test_device_from_experts_equals_the_host(
 
     matrices = draw(rng, 2, size, hidden_size, dtype)
     options: dict[str, Any] = {"recipe": recipe, "gate_up_order": "gate_up_interleaved"}
+    options |= static_scales(recipe)
     want = ExpertWeights.from_experts(*matrices, **options)
     on_device = [cupy.asarray(x) for x in matrices]
     assert_same(ExpertWeights.from_experts(*on_device, **options).to_host(), want)

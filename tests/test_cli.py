@@ -379,14 +379,17 @@ def plan_on_host(monkeypatch, shape: ModelShape, recipe: str, kind: str, num_tok
         np.zeros((experts, size, hidden), np.float32),
         np.zeros((experts, hidden, size), np.float32),
         recipe=recipe,
+        **({"x_scale": 1.0, "act_scale": 1.0} if recipe == "fp8_tensor" else {}),
     )
+    routing = shape.routing(recipe)
     spec = layer_call.LayerSpec(
         weights,
-        shape.routing(),
+        routing,
         shape.num_experts,
         shape.num_shared_experts,
         ExpertShard(0, shape.num_experts),
         Activation(),
+        weights_on_input=routing.weights_on_input,
     )
     ids = np.zeros((num_tokens, shape.top_k), np.int32)
     given = {
@@ -405,11 +408,13 @@ def plan_on_host(monkeypatch, shape: ModelShape, recipe: str, kind: str, num_tok
 
 
 class TestWarmup:
-    @pytest.mark.parametrize("recipe", ["fp8_block", "bf16"])
+    @pytest.mark.parametrize("recipe", ["fp8_block", "bf16", "fp8_tensor", "weights on input"])
     @pytest.mark.parametrize("shared", [0, 1])
     @pytest.mark.parametrize("kind", ["float32", "bfloat16", "topk", "topk bf16", "packed"])
     def test_has_what_a_plan_launches(self, monkeypatch, recipe, shared, kind):
         shape = replace(SMALL, num_shared_experts=shared)
+        if recipe == "weights on input":
+            shape, recipe = replace(shape, top_k=1, weights_on_input=True), "fp8_tensor"
         everything = set(warmup.kernel_specs(shape, recipe, "sm_80"))
         for num_tokens in (1, 64, 300, 2000):
             needed = plan_on_host(monkeypatch, shape, recipe, kind, num_tokens)

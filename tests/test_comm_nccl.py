@@ -83,10 +83,9 @@ class TestChoice:
 
         good(on(3, work))
         for rank in range(3):
-            assert machine.events(rank) == ["join", "sum", "sum", "synchronize"] + [
-                "synchronize",
-                "destroy",
-            ]
+            assert machine.events(rank) == (
+                ["join", "sum", "synchronize", "sum", "synchronize"] + ["synchronize", "destroy"]
+            )
 
     def test_one_rank(self, machine):
         rank_here.rank = 0
@@ -292,6 +291,53 @@ class TestEnd:
         error = on(2, work)[0]
         assert type(error) is GroupError and "rank 1" in str(error)
         assert "destroy" not in [event for _, event in machine.log]
+
+
+class Item:
+    """Notes when it is prepared and run."""
+
+    def __init__(self, rank, log):
+        self.rank, self.log = rank, log
+
+    def prepare(self, device):
+        time.sleep(0.02 * self.rank)
+        self.log.append((self.rank, "prepare"))
+
+    def run(self, device, stream_ptr):
+        assert (device, stream_ptr) == (DEVICE, 0)
+        time.sleep(0.02 * self.rank)
+        self.log.append((self.rank, "run"))
+
+
+class TestQueue:
+    """Ranks of one process launch together, by either engine; processes meet nobody."""
+
+    def work(self, log, engine, count=2):
+        def body(group):
+            with Workspace(group, *SIZES, engine=engine) as made:
+                made.queue([Item(group.rank, log) for _ in range(count)])
+                log.append((group.rank, "done"))
+                group.barrier()
+
+        return body
+
+    @pytest.mark.parametrize("processes", [1, 2])
+    @pytest.mark.parametrize("engine", ["nccl", "auto"])
+    def test_threads(self, machine, monkeypatch, engine, processes):
+        monkeypatch.setattr(workspace, "get_device", lambda ordinal: DEVICE)
+        process = SimpleNamespace(getpid=lambda: rank_here.rank % processes)
+        monkeypatch.setattr(workspace, "os", process)
+        log: list = []
+        good(on(4, self.work(log, engine)))
+        assert [event for _, event in log] == ["prepare"] * 8 + ["run"] * 8 + ["done"] * 4
+
+    def test_processes(self, machine, monkeypatch):
+        """The first is done before the last has begun."""
+        monkeypatch.setattr(workspace, "get_device", lambda ordinal: DEVICE)
+        log: list = []
+        good(on(4, self.work(log, "nccl")))
+        assert [event for rank, event in log if rank == 3] == ["run", "run", "done"]
+        assert log.index((0, "done")) < log.index((3, "run"))
 
 
 class TestLoad:

@@ -23,7 +23,7 @@ from tests.helpers import (
 
 pytestmark = pytest.mark.gpu
 
-RECIPES = ["bf16", "fp8_block"]
+RECIPES = ["bf16", "fp8_block", "fp8_tensor"]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 ROUTING = Routing(
     "deepseek_v3",

@@ -11,12 +11,13 @@ from tests.host import cases, loader
 from tests.host.mutations import BARRIER, Mutation
 from tests.host.quantize_mutations import QUANTIZE_MUTATIONS
 from tests.host.routing_mutations import ROUTING_MUTATIONS
+from tests.host.rows_mutations import ROWS_MUTATIONS
 
 MAX_SEEDS = 12
 
 
 GEMM, SM90 = "sm80_grouped_gemm.cu", "sm90_grouped.cuh"
-FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_bf16_grouped_gemm"
+FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_grouped_gemm"
 SM90_FP8, SM90_BF16 = f"{FP8}.cu", f"{BF16}.cu"
 EMPTY_WAIT = "ring.wait(smem.empty, ring.phase ^ 1);"
 RELEASE = "in.release(previous, lane);"
@@ -27,10 +28,12 @@ CLUSTER_ENDS = "if constexpr (CLUSTER > 1) ptx::cluster_sync();"
 DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
 SHORT = "one block, several tiles, short k"
 IDLE = "clusters, a block without rows"
+WEIGHTED = "fp8 gated interleaved, weights of tokens"
 
 MUTATIONS = {
     **ROUTING_MUTATIONS,
     **QUANTIZE_MUTATIONS,
+    **ROWS_MUTATIONS,
     # Removed block barriers, every one there is.
     "finalize: barrier": Mutation("finalize.cu", BARRIER, "", case="tails"),
     "weights: barrier": Mutation("quantize_fp8_weights.cu", BARRIER, "", case="tails"),
@@ -124,6 +127,7 @@ MUTATIONS = {
         "half ? p.up_scale_row : p.gate_scale_row",
         "half ? p.gate_scale_row : p.up_scale_row",
         case="fp8 gated to fp8",
+        nth=1,
     ),
     # A wrong swizzle.
     "gemm: swizzle": Mutation(GEMM, "(chunk ^ (row & 7))", "(chunk ^ (row & 15))"),
@@ -317,7 +321,95 @@ MUTATIONS = {
         SM90_BF16, CLUSTER_STARTS, "__syncthreads();", case="clusters, gated"
     ),
     "sm90 bf16: cluster ends together": Mutation(SM90_BF16, CLUSTER_ENDS, "", case=IDLE),
+    # Scales of tensors, and weights of tokens.
+    "gemm tensor: scales of gate and up": Mutation(
+        GEMM, "half ? p.up_scale_row : p.gate_scale_row", "p.gate_scale_row",
+        case="fp8 tensor gated to fp8",
+    ),
+    "gemm tensor: an expert's scale of rows": Mutation(
+        GEMM, "p.a_scale[expert * p.a_scale_row_stride]", "p.a_scale[0]",
+        case="fp8 tensor plain, tile 128",
+    ),
+    "gemm tensor: an expert's scale": Mutation(
+        GEMM, "p.b_scale + expert * p.b_scale_rows;", "p.b_scale;",
+        case="fp8 tensor plain, tile 128",
+    ),
+    "gemm tensor: an expert's scale of the result": Mutation(
+        GEMM, "p.out_scale[expert * p.out_scale_row_stride]", "p.out_scale[0]",
+        case="fp8 tensor gated to fp8",
+    ),
+    "gemm tensor: experts without weights": Mutation(
+        GEMM, "row < row_end && expert < p.num_weighted", "row < row_end",
+        case="fp8 tensor, weights of tokens",
+    ),
+    "gemm tensor: columns of weights": Mutation(
+        GEMM, "token * p.token_weights_columns", "token", case="fp8 tensor, weights of tokens"
+    ),
+    "gemm tensor: row of a weight": Mutation(
+        GEMM, "row0 + i * 16 + h * 8;\n      float", "row0 + i * 16;\n      float",
+        case="fp8 tensor, weights of tokens",
+    ),
+    "sm90 tensor: scales of gate and up": Mutation(
+        SM90_BF16, "a * w[p.second_scale_row]", "a * w[p.first_scale_row]", case="fp8 gated"
+    ),
+    "sm90 tensor: an expert's scale of rows": Mutation(
+        SM90_BF16, "p.a_scale[expert * p.a_scale_row_stride]", "p.a_scale[0]", case="fp8 plain"
+    ),
+    "sm90 tensor: an expert's scale": Mutation(
+        SM90_BF16, "p.w_scale + expert * p.w_scale_rows;", "p.w_scale;", case="fp8 plain"
+    ),
+    "sm90 tensor: an expert's scale of the result": Mutation(
+        SM90_BF16, "p.out_scale[tile.expert * p.out_scale_row_stride]", "p.out_scale[0]",
+        case="fp8 gated",
+    ),
+    "sm90 tensor: scaled rows": Mutation(
+        SM90_BF16, "accum[1][i] *= scale.y", "accum[1][i] *= 1.0f", case="fp8 plain"
+    ),
+    "sm90 tensor: experts without weights": Mutation(
+        SM90_BF16, " && tile.expert < p.num_weighted", "", case=WEIGHTED
+    ),
+    "sm90 tensor: columns of weights": Mutation(
+        SM90_BF16, "token * p.token_weights_columns", "token", case=WEIGHTED
+    ),
+    "sm90 tensor: tokens of weights": Mutation(
+        SM90_BF16, "p.token_idx[tile.row0 + row]", "p.token_idx[tile.row0]", case=WEIGHTED
+    ),
+    "sm90 tensor: weights past 32 tokens": Mutation(
+        SM90_BF16, "of_lane[first / kWarpSize]", "of_lane[0]", case="fp8 every remainder, gated"
+    ),
+    "sm90 tensor: weight of the second token": Mutation(
+        SM90_BF16, "weights.of(token0, from + 1)", "weights.of(token0, from)", case=WEIGHTED
+    ),
+    "sm90 tensor: gate and up": Mutation(
+        SM90_BF16, "GATED ? accum[1][at + i] * scale.y * weight[i % 2] : x", "x", case="fp8 gated"
+    ),
+    "sm90 tensor: pairs of columns": Mutation(
+        SM90_BF16, "e4m3x2_from_f32(y[1], y[3])", "e4m3x2_from_f32(y[0], y[2])", case="fp8 gated"
+    ),
+    "sm90 tensor: order of columns": Mutation(
+        SM90, "__byte_perm(v.x, v.y, 0x7531)", "__byte_perm(v.z, v.w, 0x7531)", BF16,
+        case="fp8 gated",
+    ),
+    "sm90 tensor: pieces of a row": Mutation(
+        SM90, "64 * ELEM_BYTES / 16", "8", BF16, case="fp8 gated"
+    ),
+    "sm90 tensor: staged for the group": Mutation(SM90_BF16, GROUP_MEETS, "", case="fp8 gated"),
+    "sm90 tensor: drained by the group": Mutation(
+        SM90_BF16, GROUP_MEETS, "", case="fp8 every remainder, gated", nth=1
+    ),
+    "sm90 tensor: staged": Mutation(
+        SM90, "ring.wait(smem.staged[group], ring.phase);", "", BF16,
+        case="fp8 gated, rows in order",
+    ),
+    "sm90 tensor: drained": Mutation(
+        SM90_BF16, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
+        case="fp8 silu, rows in order, one block",
+    ),
     # A slot of -1 written or used.
+    "finalize: weights of ones": Mutation(
+        "finalize.cu", "(p.weights, slot) : 1.0f", "(p.weights, slot) : 0.0f",
+        case="without weights",
+    ),
     "finalize: slot of -1": Mutation(
         "finalize.cu", "if (row[k] < 0) continue;", "", case="tails"
     ),

@@ -32,7 +32,7 @@ from cumoe.config import Activation
 from cumoe.grouped_gemm import gemm_spec
 from cumoe.kernels_routing import Source
 from cumoe.launch import KERNEL_DIR, KernelSpec, compile_cubin, smem_limit
-from cumoe.tuning import GroupedGemmProblem
+from cumoe.tuning import FP8_TENSOR, GroupedGemmProblem
 from tests.helpers import BF16, DTYPES, F32, FP8
 
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
@@ -67,8 +67,9 @@ MAX_REGISTERS = {
     "routing_permute": 256,
     "routing_topk": 168,
     "sm80_grouped_gemm": 255,
-    "sm90_bf16_grouped_gemm": 168,
     "sm90_fp8_grouped_gemm": 168,
+    "sm90_fp8_rows_grouped_gemm": 168,
+    "sm90_grouped_gemm": 168,
     "tensor_amax": 56,
 }
 """Registers a thread may take: the most over all architectures with NVRTC 12.9, rounded up to a
@@ -188,7 +189,8 @@ def allreduce_specs(arch: str) -> Iterator[Shipped]:
 def epilogue_specs(arch: str) -> Iterator[Shipped]:
     """Yield the first GEMM of a layer with every activation but swiglu."""
     limit = smem_limit(arch)
-    for activation, dtype in itertools.product(ACTIVATIONS[1:], ("bfloat16", FP8.name)):
+    dtypes = ("bfloat16", FP8.name, FP8_TENSOR)
+    for activation, dtype in itertools.product(ACTIVATIONS[1:], dtypes):
         gated = activation.gated
         for tile in tuning.tiles(dtype):
             problem = GroupedGemmProblem(dtype, dtype, gated, True, tile, not gated)
@@ -208,16 +210,23 @@ def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
     """Yield the preferred configuration of every problem, and all that a layer's could have."""
     limit = smem_limit(arch)
     for dtype, out, gated, gather in itertools.product(
-        ("bfloat16", "float16", FP8.name), (*FLOATS, FP8.name), (False, True), (False, True)
+        ("bfloat16", "float16", FP8.name, FP8_TENSOR),
+        (*FLOATS, FP8.name, FP8_TENSOR),
+        (False, True),
+        (False, True),
     ):
-        if (out == FP8.name and not gated) or (gated != gather and arch != "sm_90a"):
+        if (out not in FLOATS and not gated) or (gated != gather and arch != "sm_90a"):
+            continue
+        if out != dtype and (out == FP8_TENSOR or out == FP8.name and dtype == FP8_TENSOR):
             continue
         in_layer = gated == gather and (dtype, out) in (
             ("bfloat16", "bfloat16"),
             (FP8.name, FP8.name if gated else "bfloat16"),
+            (FP8_TENSOR, FP8_TENSOR if gated else "bfloat16"),
         )
-        for tile in tuning.tiles(dtype):
-            problem = GroupedGemmProblem(dtype, out, gated, gather, tile)
+        weighted = ("float32", "bfloat16") if out == FP8_TENSOR and gather else ()
+        for tile, weights in itertools.product(tuning.tiles(dtype), (None, *weighted)):
+            problem = GroupedGemmProblem(dtype, out, gated, gather, tile, weights_dtype=weights)
             legal = tuning.candidates(problem, limit)
             assert legal, f"nothing runs {problem} on {arch}"
             for config in legal if in_layer else legal[:1]:
@@ -238,6 +247,14 @@ def hopper_specs() -> Iterator[Shipped]:
                 assert tuning.why_illegal_sm90(chosen, problem) is None
                 spec = kernels_sm90.grouped_gemm_spec(problem, chosen)
                 yield Shipped(spec, tuning.sm90_smem_bytes(chosen, problem))
+    tiles = tuning.sm90_tiles(FP8_TENSOR)
+    for gated, weights, tile in itertools.product(
+        (False, True), ("float32", "bfloat16"), (*tiles[::4], 192, tiles[-1])
+    ):
+        problem = GroupedGemmProblem(FP8_TENSOR, FP8_TENSOR, gated, True, tile, not gated, weights)
+        config = tuning.select_sm90_config(problem)
+        spec = kernels_sm90.grouped_gemm_spec(problem, config)
+        yield Shipped(spec, tuning.sm90_smem_bytes(config, problem))
 
 
 def shipped(arch: str) -> list[Shipped]:

@@ -27,7 +27,7 @@ ROUTING = Routing(
     scaling_factor=2.5,
     num_shared_experts=1,
 )
-each_recipe = pytest.mark.parametrize("recipe", ["bf16", "fp8_block"])
+each_recipe = pytest.mark.parametrize("recipe", ["bf16", "fp8_block", "fp8_tensor"])
 
 
 def planned(random, backend, **options):

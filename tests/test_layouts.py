@@ -151,7 +151,7 @@ def test_gate_up_scale_halves_change_places_with_the_first_name(
 
 
 @pytest.mark.parametrize("order", GATE_UP_ORDERS)
-@pytest.mark.parametrize(("recipe", "tile"), [("bf16", 128), ("fp8_per_tensor", 128)])
+@pytest.mark.parametrize(("recipe", "tile"), [("bf16", 128), ("fp8_tensor", 128)])
 def test_flashinfer_w13_is_interleave_of_shuffle(
     put: Put, rng: np.random.Generator, recipe: str, tile: int, order: Any
 ) -> None:

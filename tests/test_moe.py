@@ -22,7 +22,7 @@ from tests.helpers import (
     to_host,
 )
 
-RECIPES = ["bf16", "fp8_block"]
+RECIPES = ["bf16", "fp8_block", "fp8_tensor"]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 SIMPLE = Routing("renormalize", num_experts=6, top_k=2)
 

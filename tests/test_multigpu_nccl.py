@@ -20,7 +20,8 @@ from cumoe.comm import (
     reduce_allreduce,
 )
 from cumoe.reference import allreduce as twin
-from tests.helpers import BF16, rounding_bound
+from tests.helpers import BF16, rounding_bound, to_backend, to_host
+from tests.test_multigpu_allreduce import replay
 
 pytestmark = pytest.mark.multigpu
 
@@ -78,18 +79,18 @@ class TestNccl:
         def work(group):
             given, shared, part = drawn(policy, num_tokens, group.rank, dtype)
             residual, weight = epilogue_of(num_tokens, dtype)
-            options = {} if policy == "plain" else {"shared_output": cupy.asarray(shared)}
+            options = {} if policy == "plain" else {"shared_output": to_backend(shared, "cupy")}
             if policy == "rows":
                 options["routed_scaling_factor"] = FACTOR
             after = Epilogue(
-                cupy.asarray(residual),
-                cupy.asarray(weight),
+                to_backend(residual, "cupy"),
+                to_backend(weight, "cupy"),
                 1e-5,
                 1.0,
                 None if policy == "plain" else Quantization("fp8_block"),
             )
             outputs = ("sum", "residual", "norm", "quantized")[: 3 if policy == "plain" else 4]
-            arrays = [cupy.asarray(x) for x in given]
+            arrays = to_backend(given, "cupy")
             parts = group.allgather(part)
             with Workspace(group, num_tokens, HIDDEN, "float32", engine="nccl") as made:
                 assert made.kind == "nccl"
@@ -101,7 +102,7 @@ class TestNccl:
                     several = [done.sum, done.residual, done.norm]
                     if quantized is not None:
                         several += [quantized.values, quantized.scale]
-                    results.append([x.get() for x in several])
+                    results.append([to_host(x) for x in several])
             for again in results[1:]:
                 assert all(
                     a.tobytes() == b.tobytes() for a, b in zip(again, results[0], strict=True)
@@ -171,7 +172,7 @@ class TestNccl:
             cupy.cuda.Device().synchronize()
             with stream, Workspace(group, num_tokens, HIDDEN, engine="nccl") as made:
                 x = cupy.zeros((num_tokens, HIDDEN), BF16)
-                after = Epilogue(cupy.asarray(residual), cupy.asarray(weight))
+                after = Epilogue(to_backend(residual, "cupy"), to_backend(weight, "cupy"))
                 out = AllReduced(residual=cupy.empty_like(x), norm=cupy.empty_like(x))
                 allreduce(x, made, epilogue=after, out=out)  # compiles and loads
                 finish(stream)
@@ -181,17 +182,17 @@ class TestNccl:
                 graph = stream.end_capture()
                 for step in range(4):
                     given = drawn("plain", num_tokens, group.rank + 100 * step)[2]
-                    x.set(given)
+                    x.view(np.uint16).set(given.view(np.uint16), stream)
                     finish(stream)
                     want = allreduce(x, made, epilogue=after, outputs=("residual", "norm"))
                     finish(stream)
-                    group.barrier()
-                    graph.launch(stream)
-                    finish(stream)
+                    replay(group, graph, stream)
                     for name in ("residual", "norm"):
-                        a, b = getattr(out, name).get(), getattr(want, name).get()
-                        assert a.tobytes() == b.tobytes() and a.any()
-                    check_same(group, "norm", hashlib.sha256(out.norm.get().tobytes()).hexdigest())
+                        a, b = to_host(getattr(out, name)), to_host(getattr(want, name))
+                        assert a.tobytes() == b.tobytes() and a.view(np.uint16).any()
+                    check_same(
+                        group, "norm", hashlib.sha256(to_host(out.norm).tobytes()).hexdigest()
+                    )
                 del graph
 
         ranks(work)

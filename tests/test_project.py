@@ -31,8 +31,18 @@ LAYERS = (
     {"compat", "comm"},
     {"moe", "plan", "layer_call"},
     {"routing", "permutation", "grouped_gemm", "activation", "finalize", "quantize"}
-    | {"custom_activation", "dequantize"},
-    {"weights", "checkpoint", "layouts", "arrays", "config", "tuning", "models", "validate"}
+    | {"custom_activation", "dequantize", "calibrate"},
+    {
+        "weights",
+        "weight_arrays",
+        "checkpoint",
+        "layouts",
+        "arrays",
+        "config",
+        "tuning",
+        "models",
+        "validate",
+    }
     | {
         "microscaling",
         "kernels",

@@ -11,18 +11,18 @@ from cumoe import tuning
 from cumoe.launch import ARCHS
 from cumoe.tuning import GroupedGemmConfig, GroupedGemmProblem
 
-BF16, FP8 = "bfloat16", "float8_e4m3fn"
+BF16, FP8, TENSOR = "bfloat16", "float8_e4m3fn", tuning.FP8_TENSOR
 PROBLEM = GroupedGemmProblem(BF16, BF16, gated=True, gather=True, tile=64)
 CONFIG = GroupedGemmConfig(block_m=64, block_n=64, num_stages=3, warps_m=2, warps_n=4)
 HOPPER = ARCHS["sm_90a"]
 
 PROBLEMS = [
     GroupedGemmProblem(dtype, out, gated, gather, tile, activated)
-    for dtype in (BF16, "float16", FP8)
-    for out in (BF16, "float16", "float32", FP8)
+    for dtype in (BF16, "float16", FP8, TENSOR)
+    for out in (BF16, "float16", "float32", TENSOR if dtype == TENSOR else FP8)
     for gated, gather, activated in itertools.product((False, True), repeat=3)
     for tile in tuning.tiles(dtype)
-    if (gated or activated or out != FP8) and not (gated and activated)
+    if (gated or activated or out not in (FP8, TENSOR)) and not (gated and activated)
 ]
 
 
@@ -72,7 +72,7 @@ def test_no_configuration():
         tuning.select_config(PROBLEM, 1000)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP8])
+@pytest.mark.parametrize("dtype", [BF16, FP8, TENSOR])
 def test_select_tile(dtype):
     """The smallest height that holds the mean number of rows, and the largest beyond."""
     heights = tuning.tiles(dtype)
@@ -88,9 +88,10 @@ def test_select_tile(dtype):
 
 FP8_PROBLEM = GroupedGemmProblem(FP8, FP8, gated=True, gather=True, tile=64)
 BF16_PROBLEM = replace(FP8_PROBLEM, dtype=BF16, output_dtype=BF16)
+TENSOR_PROBLEM = replace(FP8_PROBLEM, dtype=TENSOR, output_dtype=TENSOR)
 HOPPER_PROBLEMS = [
     GroupedGemmProblem(dtype, dtype if gated or alone else BF16, gated, gather, tile, alone)
-    for dtype in (BF16, FP8)
+    for dtype in (BF16, FP8, TENSOR)
     for gated, alone in ((False, False), (True, False), (False, True))
     for gather in (False, True)
     for tile in tuning.sm90_tiles(dtype)
@@ -105,7 +106,12 @@ class TestHopper:
             assert tuning.why_illegal_sm90(config, problem) is None
             assert config.block_n * config.cluster == problem.tile
             one = problem.tile in tuning.sm90_block_heights(problem.dtype)
-            if problem.gather and not problem.gated and problem.tile == 192:
+            if (
+                problem.dtype == BF16
+                and problem.gather
+                and not problem.gated
+                and problem.tile == 192
+            ):
                 one = False
             assert config.cluster == (1 if one else 2)
             deeper = replace(config, num_stages=config.num_stages + 1)
@@ -184,7 +190,7 @@ class TestHopper:
     def test_select_gemm(self):
         """Hopper's own kernels run a layer's GEMMs on Hopper, the portable one all else."""
         select, arch = tuning.select_gemm, tuning.SM90_ARCH
-        for up in (BF16_PROBLEM, FP8_PROBLEM):
+        for up in (BF16_PROBLEM, FP8_PROBLEM, TENSOR_PROBLEM):
             alone = replace(up, gated=False, activated=True)
             for problem in (up, alone, replace(up, gated=False, output_dtype=BF16)):
                 assert select(problem, arch, HOPPER) == tuning.select_sm90_config(problem)
@@ -201,17 +207,18 @@ class TestHopper:
         with pytest.raises(ValueError, match="tile: no grouped GEMM configuration runs"):
             select(replace(FP8_PROBLEM, tile=24), "sm_80", HOPPER)
 
-    @pytest.mark.parametrize("dtype", [BF16, FP8])
+    @pytest.mark.parametrize("dtype", [BF16, FP8, TENSOR])
     def test_tiles(self, dtype):
         """Of one block, in steps of eight tokens, and of two such blocks beyond."""
         blocks, heights = tuning.sm90_block_heights(dtype), tuning.sm90_tiles(dtype)
         assert blocks[0] == 8 and blocks[-1] == tuning.SM90_MAX_BLOCK_N[dtype]
         assert heights[: len(blocks)] == blocks and list(heights) == sorted(set(heights))
         assert all(height % 8 == 0 for height in heights)
-        assert all(height // 2 in blocks for height in heights[len(blocks) :])
+        rows = (tuning.SM90_ROWS,) if dtype == FP8 else ()
+        assert all(height // 2 in blocks + rows for height in heights[len(blocks) :])
         assert heights[-1] > blocks[-1]
 
-    @pytest.mark.parametrize("dtype", [BF16, FP8])
+    @pytest.mark.parametrize("dtype", [BF16, FP8, TENSOR])
     def test_select_tile(self, dtype):
         heights = tuning.sm90_tiles(dtype)
         select = tuning.select_sm90_tile

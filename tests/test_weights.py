@@ -29,6 +29,7 @@ from tests.weight_matrices import (
     build,
     draw,
     plain_arrays,
+    static_scales,
 )
 
 
@@ -39,12 +40,13 @@ def test_fields_and_properties(recipe: str, layout: str) -> None:
     weights = ExpertWeights(**arguments)
     assert weights.w13 is arguments["w13"] and weights.w2 is arguments["w2"]
     assert weights.recipe == recipe
-    assert weights.dtype == {"bf16": "bfloat16", "fp8_block": "float8_e4m3fn"}[recipe]
+    assert weights.dtype == ("bfloat16" if recipe == "bf16" else "float8_e4m3fn")
     sizes = (weights.num_local_experts, weights.hidden_size, weights.intermediate_size)
     assert sizes == (2, 384, 256)
     assert not weights.is_device
     arrays = [x for x in arguments.values() if isinstance(x, np.ndarray)]
-    assert weights.nbytes == sum(x.nbytes for x in arrays)
+    static = 3 * 4 if recipe == "fp8_tensor" else 0  # of tokens, and of two experts
+    assert weights.nbytes == sum(x.nbytes for x in arrays) + static
     assert weights.to_host() is weights
 
 
@@ -71,7 +73,8 @@ def test_arrays_of_other_libraries_are_taken_over() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_experts(recipe: str) -> None:
     weights = ExpertWeights(**plain_arrays(recipe)).slice_experts(1, 1)
-    assert weights.num_local_experts == 0 and weights.nbytes == 0
+    assert weights.num_local_experts == 0
+    assert weights.nbytes == (4 if recipe == "fp8_tensor" else 0)  # the scale of tokens
     assert weights.hidden_size == 384 and weights.intermediate_size == 256
     converted = weights.convert(layout="block_major_k", gate_up_order="up_gate_interleaved")
     assert converted.num_local_experts == 0 and converted.intermediate_size == 256
@@ -86,7 +89,11 @@ def test_convert_equals_building_it_so(
     for source_order, source_layout in FORMS:
         source = first.convert(gate_up_order=source_order, layout=source_layout)  # type: ignore[arg-type]
         want = ExpertWeights.from_experts(
-            *matrices, recipe=recipe, gate_up_order=order, layout=layout
+            *matrices,
+            recipe=recipe,
+            gate_up_order=order,
+            layout=layout,
+            **static_scales(recipe),
         )
         assert_same(source.convert(gate_up_order=order, layout=layout), want)
 
@@ -129,8 +136,15 @@ def test_slice_intermediate_takes_rows_and_columns(
     for start, stop in [(0, 128), (128, 384), (256, 384), (0, 384)]:
         part = weights.slice_intermediate(start, stop)
         assert (part.gate_up_order, part.layout) == (order, layout)
-        assert_holds(part, (gate[:, start:stop], up[:, start:stop], down[:, :, start:stop]))
         assert not np.shares_memory(part.w2, weights.w2)
+        if recipe == "fp8_tensor":  # parts keep the scale of the whole
+            for e in range(2):
+                g, u, d = weights.dequantize_expert(e)
+                want = (g[start:stop], u[start:stop], d[:, start:stop])
+                for got, matrix in zip(part.dequantize_expert(e), want, strict=True):
+                    np.testing.assert_array_equal(got, matrix)
+            continue
+        assert_holds(part, (gate[:, start:stop], up[:, start:stop], down[:, :, start:stop]))
 
 
 def test_slice_intermediate_up_to_a_partial_block(rng: np.random.Generator) -> None:
@@ -179,6 +193,7 @@ def test_from_flashinfer_undoes_the_permutation(
         shuffled=shuffled,
         layout=layout,
         interleaved=interleaved,
+        **static_scales(recipe),
     )
     assert_same(got, want)
     assert_holds(got, matrices)

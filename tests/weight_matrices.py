@@ -16,7 +16,10 @@ from cumoe.layouts import GATE_UP_ORDERS, WEIGHT_LAYOUTS
 from cumoe.weights import ExpertWeights
 
 BF16, FP8, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn), np.dtype("f4")
-RECIPES = ["bf16", "fp8_block"]
+RECIPES = ["bf16", "fp8_block", "fp8_tensor"]
+STATIC = {"x_scale": 0.25, "act_scale": 0.5}
+"""Static scales of recipe fp8_tensor."""
+
 FORMS = list(itertools.product(GATE_UP_ORDERS, WEIGHT_LAYOUTS))
 Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -77,6 +80,9 @@ def expected(matrix: np.ndarray, recipe: str) -> np.ndarray:
     """Return what a matrix reads back as after `recipe`'s rounding."""
     if recipe == "bf16":
         return matrix.astype(np.float32).astype(BF16).astype(np.float32)
+    if recipe == "fp8_tensor":
+        codes, scale = quantize_block(matrix)
+        return codes.view(FP8).astype(np.float32) * scale
     return dequantize(*quantize(matrix))
 
 
@@ -95,8 +101,14 @@ def build(
         recipe=recipe,  # type: ignore[arg-type]
         gate_up_order=order,
         layout=layout,
+        **static_scales(recipe),
     )
     return weights, matrices
+
+
+def static_scales(recipe: str) -> dict[str, Any]:
+    """Return the arguments that a recipe needs beside the matrices."""
+    return dict(STATIC) if recipe == "fp8_tensor" else {}
 
 
 def assert_holds(weights: ExpertWeights, matrices: Matrices, experts: Any = None) -> None:
@@ -116,7 +128,7 @@ def assert_same(a: ExpertWeights, b: ExpertWeights) -> None:
         b.recipe,
         b.dtype,
     )
-    for name in ("w13", "w2", "w13_scale", "w2_scale"):
+    for name in ("w13", "w2", "w13_scale", "w2_scale", "x_scale", "act_scale"):
         x, y = getattr(a, name), getattr(b, name)
         assert (x is None) == (y is None)
         if x is not None:
@@ -138,6 +150,10 @@ def plain_arrays(recipe: str, layout: str = "major_k") -> dict[str, Any]:
     if recipe == "fp8_block":
         arguments["w13_scale"] = np.ones((2, 4, 3), np.float32)
         arguments["w2_scale"] = np.ones((2, 3, 2), np.float32)
+    if recipe == "fp8_tensor":
+        arguments["w13_scale"] = np.ones((2, 2), np.float32)
+        arguments["w2_scale"] = np.ones(2, np.float32)
+        arguments |= STATIC
     return arguments
 
 

@@ -194,10 +194,10 @@ def _add_warmup(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
     warmup.add_argument(
         "--recipe",
-        type=_names(["fp8_block", "bf16"]),
+        type=_names(["fp8_block", "bf16", "fp8_tensor"]),
         metavar="NAME,...",
         default=["fp8_block", "bf16"],
-        help="fp8_block, bf16 or all (default: all)",
+        help="fp8_block, bf16, fp8_tensor or all (default: the first two)",
     )
     warmup.add_argument(
         "--max-num-tokens",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +22,9 @@ from cumoe.models import ModelShape, Recipe
 from cumoe.moe import MoELayer
 from cumoe.tuning import tiles
 from cumoe.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from cumoe.comm import Group
 
 NUMPY_MAX_PARAMETERS = 60e6
 """Weights of a layer that NumPy runs in a few seconds on two cores."""
@@ -179,6 +182,7 @@ def make_problem(
     seed: int,
     *,
     shard: ExpertShard | None = None,
+    group: Group | None = None,
 ) -> Problem:
     """Build the layer, or a shard of it, and draw a call's tokens, logits and selection bias."""
     rng = np.random.default_rng(seed)
@@ -197,6 +201,7 @@ def make_problem(
         bias=bias,
         shard=shard,
         activation=shape.activation,
+        group=group,
     )
     return Problem(
         shape=shape,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -151,7 +152,7 @@ def kernel_specs(
     Parameters
     ----------
     shape : ModelShape
-    recipe : {"fp8_block", "bf16"}
+    recipe : {"fp8_block", "bf16", "fp8_tensor"}
     arch : str
         Target architecture, such as ``"sm_90a"``.
     min_num_tokens, max_num_tokens : int
@@ -160,7 +161,7 @@ def kernel_specs(
     Returns
     -------
     list of KernelSpec
-        Those of calls with bfloat16 tokens (for ``"fp8_block"`` quantised ones too), float32 or
+        Those of calls with bfloat16 tokens (for fp8 quantised ones too), float32 or
         bfloat16 logits, given routing plain or packed, and a bfloat16 result; and the quantisation
         of weights from bfloat16 or float32.
 
@@ -169,30 +170,42 @@ def kernel_specs(
     ValueError
         If the shape's sizes cannot run.
     """
-    fp8 = recipe == "fp8_block"
     spec = _layer_spec(shape, recipe)
     heights = set(spec.tiles(arch))
     if max_num_tokens is not None:
         tokens = range(min_num_tokens, max_num_tokens + 1)
         heights = {spec.select_tile(t * shape.total_top_k, arch) for t in tokens}
-    specs = [*_routing_specs(spec, shape, arch), *_rows_specs(fp8)]
+    specs = [*_routing_specs(spec, shape, arch), *_rows_specs(recipe)]
+    weights = ("float32", "bfloat16") if spec.weights_on_input else ("float32",)
     for tile in sorted(heights):
-        specs += gemm_specs(spec, tile, arch)
+        for dtype in weights:
+            specs += gemm_specs(spec, tile, arch, dtype)
     return list(dict.fromkeys(specs))
 
 
 def _layer_spec(shape: ModelShape, recipe: Recipe) -> LayerSpec:
     """Return the layer without a single expert, which has every size that planning asks for."""
     hidden, size = shape.hidden_size, shape.intermediate_size
-    dtype = FP8 if recipe == "fp8_block" else "bfloat16"
+    dtype = "bfloat16" if recipe == "bf16" else FP8
     arrays = [_empty((0, 2 * size, hidden), dtype), _empty((0, hidden, size), dtype)]
     if recipe == "fp8_block":
         rows, columns = kernels.blocks(size), kernels.blocks(hidden)
         arrays += [_empty((0, 2 * rows, columns), "float32"), _empty((0, columns, rows), "float32")]
-    weights = ExpertWeights(*arrays, gate_up_order="gate_up", recipe=recipe)
-    routing, shared = shape.routing(), shape.num_shared_experts
-    shard = ExpertShard(0, shape.num_experts)
-    return LayerSpec(weights, routing, shape.num_experts, shared, shard, shape.activation)
+    static: dict[str, Any] = {}
+    if recipe == "fp8_tensor":
+        arrays += [_empty((0, 2), "float32"), _empty((0,), "float32")]
+        static = {"x_scale": 1.0, "act_scale": 1.0}
+    weights = ExpertWeights(*arrays, gate_up_order="gate_up", recipe=recipe, **static)
+    routing = shape.routing(recipe)
+    return LayerSpec(
+        weights,
+        routing,
+        shape.num_experts,
+        shape.num_shared_experts,
+        ExpertShard(0, shape.num_experts),
+        shape.activation,
+        weights_on_input=routing.weights_on_input,
+    )
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> Array:
@@ -217,15 +230,22 @@ def _routing_specs(spec: LayerSpec, shape: ModelShape, arch: str) -> list[Kernel
     return [item for source in sources for item in route_permute_specs(source, arch)]
 
 
-def _rows_specs(fp8: bool) -> list[KernelSpec]:
+def _rows_specs(recipe: Recipe) -> list[KernelSpec]:
     """Return the kernels before and after the GEMMs, whose only variable is a dtype."""
     rows, index = _empty((1, 128), "bfloat16"), _empty((1, 1), "int32")
     specs = []
     for dtype in ("float32", "bfloat16"):
         weights = _empty((1, 1), dtype)
         specs.append(kernels.finalize(rows, weights, index, rows).spec)
-    if fp8:
-        units = (1, kernels_quantize.UNIT_ROWS[2])
+    units = (1, kernels_quantize.UNIT_ROWS[2])
+    if recipe == "fp8_tensor":
+        specs += [kernels_quantize.tensor_spec("bfloat16", count) for count in units]
+        for dtype in ("bfloat16", "float32"):
+            w, scale = _empty((1, 128), dtype), _empty((1,), "float32")
+            specs.append(kernels_quantize.tensor_amax(w, scale).spec)
+            rows_of_w = (1, kernels_quantize.UNIT_ROWS[w.dtype.itemsize])
+            specs += [kernels_quantize.tensor_spec(dtype, count) for count in rows_of_w]
+    if recipe == "fp8_block":
         specs += [kernels_quantize.block_spec("bfloat16", count) for count in units]
         for dtype in ("bfloat16", "float32"):
             w, scale = _empty((1, 1, 128), dtype), _empty((1, 1, 1), "float32")

@@ -8,8 +8,10 @@ shapes and dtypes; every rank gets the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from cumoe import kernels
 from cumoe.arrays import as_native, dtype_name, is_device, same_place
@@ -132,6 +134,32 @@ def finalize_allreduce(
     >>> done.sum[:, 0].astype(int).tolist()
     [5, 2]
     """
+    return prepare_finalize(
+        rows,
+        topk_weights,
+        permuted_idx,
+        workspace,
+        routed_scaling_factor=routed_scaling_factor,
+        shared_output=shared_output,
+        epilogue=epilogue,
+        outputs=outputs,
+        out=out,
+    ).run()
+
+
+def prepare_finalize(
+    rows: Any,
+    topk_weights: Any,
+    permuted_idx: Any,
+    workspace: Any,
+    *,
+    routed_scaling_factor: float = 1.0,
+    shared_output: Any = None,
+    epilogue: Epilogue | None = None,
+    outputs: Sequence[str] | None = None,
+    out: AllReduced | None = None,
+) -> AllReduce:
+    """Check the arguments of :func:`finalize_allreduce`; the rows may be written before the run."""
     rows = as_native(rows, "rows", HALVES, ndim=2)
     index = as_native(permuted_idx, "permuted_idx", ("int32",), ndim=2)
     if not 1 <= index.shape[1] <= MAX_COLUMNS:
@@ -142,7 +170,7 @@ def finalize_allreduce(
     factor = check_finite("routed_scaling_factor", routed_scaling_factor)
     tokens = Tokens("rows", rows, weights, index, routed_scaling_factor=factor)
     given = {"rows": rows, "topk_weights": weights, "permuted_idx": index}
-    return _run(tokens, given, shared_output, workspace, epilogue, outputs, out)
+    return _prepare(tokens, given, shared_output, workspace, epilogue, outputs, out)
 
 
 def reduce_allreduce(
@@ -190,7 +218,7 @@ def reduce_allreduce(
         weights = as_native(weights, "expert_weights", FLOATS, shape=rows.shape[:2])
     given = {"rows": rows, "expert_weights": weights}
     tokens = Tokens("experts", rows, weights)
-    return _run(tokens, given, shared_output, workspace, epilogue, outputs, out)
+    return _prepare(tokens, given, shared_output, workspace, epilogue, outputs, out).run()
 
 
 def allreduce(
@@ -225,10 +253,40 @@ def allreduce(
     :func:`finalize_allreduce`, as is all else.
     """
     x = as_native(x, "x", FLOATS, ndim=2)
-    return _run(Tokens("plain", x), {"x": x}, None, workspace, epilogue, outputs, out)
+    return _prepare(Tokens("plain", x), {"x": x}, None, workspace, epilogue, outputs, out).run()
 
 
-def _run(
+@dataclass(frozen=True, eq=False)
+class AllReduce:
+    """A checked op of one rank: what goes in, what comes out, and through which memory."""
+
+    tokens: Tokens
+    native: AllReduced
+    workspace: Any
+    out: AllReduced | None
+
+    def launches(self) -> list[kernels.Runnable]:
+        """Return what a device runs; see :func:`plan_launches`."""
+        device = get_device(int(self.tokens.rows.device.id))
+        return plan_launches(self.tokens, self.native, self.workspace, device)
+
+    def run(self) -> AllReduced:
+        """Run the kernel or the twin."""
+        if is_device(self.tokens.rows):
+            launches = self.launches()
+            if launches:
+                self.workspace.queue(launches)
+        else:
+            made = isinstance(self.workspace, Workspace)
+            group = self.workspace.group if made else self.workspace
+            if self.workspace.debug if made else is_asked_for():
+                timeout_s = getattr(self.workspace, "timeout_s", DEFAULT_TIMEOUT_S)
+                compare_calls(group, describe(self.tokens, _names(self.native)), timeout_s)
+            _run_twin(self.tokens, self.native, group)
+        return self.native if self.out is None else self.out
+
+
+def _prepare(
     tokens: Tokens,
     given: dict[str, Array | None],
     shared: Any,
@@ -236,8 +294,8 @@ def _run(
     epilogue: Epilogue | None,
     outputs: Sequence[str] | None,
     out: AllReduced | None,
-) -> AllReduced:
-    """Check what the ops have in common, and run the kernel or the twin."""
+) -> AllReduce:
+    """Check what the ops have in common."""
     rows, shape = tokens.rows, (tokens.num_tokens, tokens.hidden_size)
     name = "x" if tokens.policy == "plain" else "rows"
     check_multiple(name, "hidden_size", shape[1], 8)
@@ -250,7 +308,7 @@ def _run(
     given |= after.arrays()
     same_place(given)
     wanted = select_outputs(after, outputs, out)
-    group = _check_workspace(workspace, rows, shape)
+    _check_workspace(workspace, rows, shape)
     native = AllReduced(*output_arrays(rows, dtype, shape, after, wanted, out, given))
     quantized = native.quantized
     values = None if quantized is None else quantized.values
@@ -268,27 +326,17 @@ def _run(
         quant_scale=after.quant_scale,
         group_size=after.group_size if quantized is not None else 0,
     )
-    if is_device(rows):
-        if shape[0] or workspace.debug:
-            device = get_device(int(rows.device.id))
-            kernels.run(plan_launches(tokens, native, workspace, device), rows)
-    else:
-        made = isinstance(workspace, Workspace)
-        if workspace.debug if made else is_asked_for():
-            timeout_s = getattr(workspace, "timeout_s", DEFAULT_TIMEOUT_S)
-            compare_calls(group, describe(tokens, _names(native)), timeout_s)
-        _run_twin(tokens, native, group)
-    return native if out is None else out
+    return AllReduce(tokens, native, workspace, out)
 
 
-def _check_workspace(workspace: Any, rows: Array, shape: tuple[int, int]) -> Any:
-    """Return the group of a workspace that can take the call; NumPy arrays need no more."""
+def _check_workspace(workspace: Any, rows: Array, shape: tuple[int, int]) -> None:
+    """Raise unless a workspace can take the call; NumPy arrays need no more than a group."""
     if not isinstance(workspace, Workspace):
         if is_device(rows) or not hasattr(workspace, "allgather"):
             more = "" if is_device(rows) else " or, for NumPy arrays, a group"
             kind = type(workspace).__name__
             raise TypeError(f"workspace: expected a Workspace{more}, got {kind}")
-        return workspace
+        return
     if workspace.closed:
         raise ValueError("workspace: expected an open one, got a closed one")
     have = (workspace.max_num_tokens, workspace.hidden_size)
@@ -305,7 +353,6 @@ def _check_workspace(workspace: Any, rows: Array, shape: tuple[int, int]) -> Any
             f"workspace: expected one of cuda:{rows.device.id} like the arrays, got one of "
             f"cuda:{workspace.device}"
         )
-    return workspace.group
 
 
 def _names(native: AllReduced) -> tuple[str, ...]:
@@ -391,13 +438,7 @@ def _run_twin(tokens: Tokens, native: AllReduced, group: Any) -> None:
         part = reference.part_of_experts(tokens.rows, tokens.weights, **common)
     else:
         part = reference.part_of_values(tokens.rows)
-    parts = [part] if int(group.size) == 1 else group.allgather(part)
-    for rank, other in enumerate(parts):
-        if other.shape != part.shape or other.dtype != part.dtype:
-            raise ValueError(
-                f"rank {group.rank} calls with shape {part.shape} and dtype {part.dtype}, rank "
-                f"{rank} with {other.shape} and {other.dtype}"
-            )
+    parts = [part] if int(group.size) == 1 else _gather(group, part)
     done = reference.reduce_parts(
         parts,
         residual=tokens.residual,
@@ -423,3 +464,16 @@ def _run_twin(tokens: Tokens, native: AllReduced, group: Any) -> None:
             whole_columns(native.quantized.scale, stride)[...] = words
         elif tokens.quantize != "fp8_tensor":
             native.quantized.scale[...] = done.quantized.scale
+
+
+def _gather(group: Any, part: Array) -> list[Array]:
+    """Return the parts of all ranks; groups carry plain data, so arrays go as bytes."""
+    own = (tuple(int(n) for n in part.shape), dtype_name(part))
+    found = group.allgather((*own, part.tobytes()))
+    for rank, (*other, _) in enumerate(found):
+        if (tuple(other[0]), other[1]) != own:
+            raise ValueError(
+                f"rank {group.rank} calls with shape {own[0]} and dtype {own[1]}, rank {rank} with "
+                f"{tuple(other[0])} and {other[1]}"
+            )
+    return [np.frombuffer(data, part.dtype).reshape(part.shape) for *_, data in found]

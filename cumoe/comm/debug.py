@@ -80,6 +80,9 @@ class Comparison:
     call: dict[str, Any]
     timeout_s: float
 
+    def prepare(self, device: Device) -> None:
+        """Do nothing: ranks compare when they run."""
+
     def run(self, device: Device, stream_ptr: int) -> None:
         """Compare; queues nothing, so it is not part of a graph that is captured."""
         compare_calls(self.group, self.call, self.timeout_s)

@@ -66,6 +66,10 @@ class PeerMemory:
         self.synchronize()
         return array
 
+    def stream(self) -> int:
+        """Return CuPy's current stream."""
+        return int(require("cupy").cuda.get_current_stream().ptr)
+
     def synchronize(self) -> None:
         """Wait for all work of the device."""
         self._runtime.deviceSynchronize()

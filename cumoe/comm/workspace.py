@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -36,6 +36,8 @@ from cumoe.comm.layout import (
 )
 from cumoe.comm.peer_memory import PeerMemory
 from cumoe.config import check_choice, check_int
+from cumoe.kernels import Runnable
+from cumoe.launch import get_device
 
 __all__ = ["Workspace", "WorkspaceError"]
 
@@ -141,7 +143,9 @@ class Workspace:
         compare("Workspace(max_num_tokens, hidden_size, dtype)", [p[0] for p in prepared])
         compare("Workspace(engine)", [p[1] for p in prepared])
         compare("Workspace(debug)", [p[2] for p in prepared])
-        self._connect(engine, [p[3] for p in prepared])
+        places = [p[3] for p in prepared]
+        self._shared_process = len({process for _, process, _ in places}) < len(places)
+        self._connect(engine, places)
         self._closed = False
 
     def _prepare(self, engine: str) -> tuple[tuple[int, int, str], str, bool, _Place]:
@@ -249,7 +253,7 @@ class Workspace:
                 for words in (4, self._scratch.size):
                     part = self._scratch[:words].view(dtype)
                     self._communicator.queue_sum(part, part, 0)
-                self._memory.synchronize()
+                    self._memory.synchronize()
 
         late = f"NCCL has not connected the ranks in {seconds:g} s (NCCL_DEBUG=INFO says more)"
         self._together("Workspace: connecting by NCCL", lambda: nccl.within(seconds, join, late))
@@ -309,6 +313,25 @@ class Workspace:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("workspace: expected an open one, got a closed one")
+
+    def queue(self, items: Sequence[Runnable]) -> None:
+        """Queue what an op runs on CuPy's current stream of the workspace's device.
+
+        NOTE: ranks of one process do it together. Until its peers have launched theirs, a rank's
+        kernel does not end, and CUDA may let allocations and the loading of kernels anywhere in the
+        process wait for it, behind locks that the peers' launches need.
+        """
+        device = get_device(self.device)
+        with self._memory.use(self.device):
+            if self._shared_process:
+                for item in items:
+                    item.prepare(device)
+                allgather_within(self.group, None, self.timeout_s)
+            stream = self._memory.stream()
+            for item in items:
+                item.run(device, stream)
+            if self._shared_process:
+                allgather_within(self.group, None, self.timeout_s)
 
     def close(self) -> None:
         """Wait for all ranks' work, unmap the peers' memory and free the own; collective.

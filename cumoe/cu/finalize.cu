@@ -18,7 +18,7 @@ constexpr int kBatch = ROWS_TYPE == kF32 ? 4 : 8;
 
 struct Params {
   const void* rows;             // (max_rows, hidden_size)
-  const void* weights;          // (num_tokens, columns)
+  const void* weights;          // (num_tokens, columns), or null: ones
   const int32_t* permuted_idx;  // (num_tokens, columns)
   void* out;                    // (num_tokens, hidden_size)
   int32_t columns;
@@ -36,7 +36,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) finalize(const __grid_con
     const bool valid = threadIdx.x < p.columns;
     const int64_t slot = token * p.columns + threadIdx.x;
     row[threadIdx.x] = valid ? p.permuted_idx[slot] : -1;
-    weight[threadIdx.x] = valid ? load_element<WEIGHTS_TYPE>(p.weights, slot) : 0.0f;
+    const bool given = valid && p.weights != nullptr;
+    weight[threadIdx.x] = given ? load_element<WEIGHTS_TYPE>(p.weights, slot) : 1.0f;
   }
   __syncthreads();
   if (column >= p.hidden_size) return;

@@ -13,21 +13,23 @@
 //           row % 8; dynamic. Rows of b: BLOCK_N gate rows, then BLOCK_N up rows with GATED.
 // fp8       bytes are widened in registers to fp16, which is exact. A thread takes four neighbouring
 //           bytes as its four k positions of a 16-wide step, in a and b alike, so ldmatrix serves both
-//           types. Each 128 of k is summed on its own and added times its two scales (two levels).
-// From -D   TYPE (kBf16 kF16 kE4m3) OUTPUT_TYPE GATED ACTIVATED ACTIVATION GATHER
-//           BLOCK_M BLOCK_N NUM_STAGES WARPS_M WARPS_N
+//           types. kE4m3: each 128 of k is summed on its own and added times its two scales (two levels).
+//           kE4m3Tensor: all of k is summed, then times a_scale * w_scale of the expert and, with a
+//           WEIGHTS_TYPE, the weight of the row's token; output of this type is e4m3(y / out_scale).
+// From -D   TYPE (kBf16 kF16 kE4m3 kE4m3Tensor) OUTPUT_TYPE WEIGHTS_TYPE (kNoType kBf16 kF32)
+//           GATED ACTIVATED ACTIVATION GATHER BLOCK_M BLOCK_N NUM_STAGES WARPS_M WARPS_N
 #include "activation.cuh"
 #include "vec.cuh"
 
 using namespace cumoe;
 
 struct Params {
-  const uint8_t* a;             // (num_source_rows, k)
-  const float* a_scale;         // (num_source_rows, ceil(k / 128)); e4m3 only
-  const uint8_t* b;             // (num_local, rows, k), row-major or in 128-byte blocks of k
-  const float* b_scale;         // (num_local, b_scale_rows, ceil(k / 128)); e4m3 only
-  void* out;                    // (max_rows, n)
-  float* out_scale;             // (max_rows, ceil(n / 128)); e4m3 output only
+  const uint8_t* a;      // (num_source_rows, k)
+  const float* a_scale;  // (num_source_rows, ceil(k / 128)); e4m3 only. Of tensors (num_local,)
+  const uint8_t* b;      // (num_local, rows, k), row-major or in 128-byte blocks of k
+  const float* b_scale;  // (num_local, b_scale_rows, ceil(k / 128)); of tensors without blocks of k
+  void* out;             // (max_rows, n)
+  float* out_scale;  // (max_rows, ceil(n / 128)); e4m3 output only. Of tensors (num_local,), read
   const int32_t* token_idx;     // (max_rows,)
   const int32_t* tile_expert;   // (max_tiles,)
   const int32_t* tile_row_end;  // (max_tiles,)
@@ -49,6 +51,9 @@ struct Params {
   int32_t up_scale_row;
   int32_t num_column_tiles;  // ceil(n / BLOCK_N)
   ActivationParams activation;
+  const void* token_weights;  // WEIGHTS_TYPE: (num_tokens, columns), of which column 0 is read
+  int32_t token_weights_columns;
+  int32_t num_weighted;  // experts before this one multiply by them
 };
 
 constexpr int kThreads = WARPS_M * WARPS_N * kWarpSize;
@@ -58,7 +63,8 @@ constexpr int kRowBytes = 128;  // bytes of k per stage, one scale block for e4m
 constexpr int kStageBytes = (BLOCK_M + kRowsB) * kRowBytes;
 constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
 constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
-constexpr bool kFp8 = TYPE == kE4m3;
+constexpr bool kFp8 = TYPE == kE4m3 || TYPE == kE4m3Tensor;
+constexpr bool kTwoLevels = TYPE == kE4m3, kWeighted = WEIGHTS_TYPE != kNoType;
 
 static_assert(kWarpM % 16 == 0, "a warp's rows are a multiple of the mma m (16)");
 static_assert(kWarpN % 16 == 0, "ldmatrix.x4 loads two n tiles of b at once");
@@ -67,6 +73,9 @@ static_assert(kThreads % 8 == 0 && BLOCK_M % (kThreads / 8) == 0 || BLOCK_M < kT
 static_assert(OUTPUT_TYPE != kE4m3 || (ACTIVATED && BLOCK_N == kScaleBlock),
               "requantisation needs the 128 columns of a scale block in one thread block");
 static_assert(ACTIVATED || !GATED, "gate and up come together in the activation");
+static_assert(OUTPUT_TYPE != kE4m3Tensor || ACTIVATED, "fp8 rows are an activation's");
+static_assert(!kWeighted || (TYPE == kE4m3Tensor && ACTIVATED && GATHER),
+              "a token's weight comes before the activation");
 static_assert(NUM_STAGES >= 2, "the pipeline needs two stages");
 
 /// Address of a 16-byte chunk in a (rows, 128 bytes) tile.
@@ -179,6 +188,39 @@ __device__ __forceinline__ void multiply_stage(Accum& accum, uint32_t stage, int
   }
 }
 
+/// Multiplies the sums by the scales of an expert and by the weights of the rows' tokens.
+__device__ __forceinline__ void scale_sums(const Params& p, Accum& accum, int expert, int row0,
+                                           int row_end) {
+  const float a_scale = p.a_scale[expert * p.a_scale_row_stride];
+  const float* b_scale = p.b_scale + expert * p.b_scale_rows;
+  float scale[kHalves];
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    scale[half] = a_scale * b_scale[half ? p.up_scale_row : p.gate_scale_row];
+  }
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + i * 16 + h * 8;
+      float weight = 1.0f;
+      if (kWeighted && row < row_end && expert < p.num_weighted) {
+        const int64_t token = p.token_idx[row];
+        weight = load_element<WEIGHTS_TYPE>(p.token_weights, token * p.token_weights_columns);
+      }
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+          float (&d)[4] = accum[half][i][j];
+          d[2 * h] = d[2 * h] * scale[half] * weight;
+          d[2 * h + 1] = d[2 * h + 1] * scale[half] * weight;
+        }
+      }
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads)
     sm80_grouped_gemm(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) uint8_t smem[];
@@ -207,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   // Scales (e4m3): this thread's rows of a, and the two block rows of b.
   const float* a_scale[kTilesM][2];
   const float* b_scale[kHalves];
-  if constexpr (kFp8) {
+  if constexpr (kTwoLevels) {
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
@@ -237,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       loader.load(p, refill, next, column0);
     }
     ptx::cp_async_commit_group();
-    if constexpr (kFp8) {
+    if constexpr (kTwoLevels) {
       float row_scale[kTilesM][2];
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i) {
@@ -268,7 +310,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     stage = stage == smem_base + (NUM_STAGES - 1) * kStageBytes ? smem_base : stage + kStageBytes;
   }
 
-  // Epilogue: the activation in place, then one scale a row for e4m3, then the store.
+  // Epilogue: scales and the activation in place, then one scale a row for e4m3, then the store.
+  if constexpr (TYPE == kE4m3Tensor) {
+    scale_sums(p, accum, expert, row0 + warp_m * kWarpM + lane / 4, row_end);
+  }
   if constexpr (ACTIVATED) {
     const ActivationValues act = activation_of(p.activation, expert);
 #pragma unroll
@@ -299,6 +344,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
+#elif OUTPUT_TYPE == 4
+  const E4m3Divisor divisor(p.out_scale[expert * p.out_scale_row_stride]);
 #endif
 #pragma unroll
   for (int i = 0; i < kTilesM; ++i) {
@@ -325,6 +372,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #if OUTPUT_TYPE == 3
         *reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(p.out) + at) =
             static_cast<uint16_t>(e4m3x2_from_f32(__fdiv_rn(low, scale), __fdiv_rn(high, scale)));
+#elif OUTPUT_TYPE == 4
+        float y[2] = {low, high};
+        divisor.divide(y);
+        *reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(p.out) + at) =
+            static_cast<uint16_t>(e4m3x2_from_f32(y[0], y[1]));
 #elif OUTPUT_TYPE == 2
         *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at) = make_float2(low, high);
 #else

@@ -16,6 +16,10 @@
 // From -D   GATED ACTIVATED (the epilogue is the activation; always with GATED) GATHER BLOCK_N NUM_STAGES NUM_CHUNKS CLUSTER
 #pragma once
 
+#ifndef WHOLE_BLOCKS
+#define WHOLE_BLOCKS 0  // an expert's tokens fill one block after the other, rather than evenly
+#endif
+
 #include "activation.cuh"
 #include "tma.cuh"
 #include "vec.cuh"
@@ -24,16 +28,16 @@
 namespace cumoe {
 
 struct Params {
-  TensorMap a_map;                // (rows, bytes of k) in boxes of kBoxRows rows; not GATHER
-  TensorMap w_map;                // (num_local, halves, rows, k-blocks, bytes), boxes of 128 rows
-  const uint8_t* a;               // (rows, k)
-  const float* a_scale;           // fp8: (rows, k-blocks) at the strides below
-  const float* w_scale;           // fp8: (num_local, w_scale_rows, k-blocks)
-  void* out;                      // (max_rows, n)
-  float* out_scale;               // fp8 output: (max_rows, ceil(n / 128))
-  const int32_t* token_idx;       // (max_rows,)
-  const int32_t* tile_expert;     // (max_tiles,)
-  const int32_t* expert_offsets;  // (num_local + 1,)
+  TensorMap a_map;       // (rows, bytes of k) in boxes of kBoxRows rows; not GATHER
+  TensorMap w_map;       // (num_local, halves, rows, k-blocks, bytes), boxes of 128 rows
+  const uint8_t* a;      // (rows, k)
+  const float* a_scale;  // fp8: (rows, k-blocks) at the strides below; of tensors (num_local,)
+  const float* w_scale;  // fp8: (num_local, w_scale_rows, k-blocks); of tensors without k-blocks
+  void* out;             // (max_rows, n)
+  float* out_scale;      // fp8 output: (max_rows, ceil(n / 128)); of tensors (num_local,), read
+  const int32_t* token_idx;          // (max_rows,)
+  const int32_t* tile_expert;        // (max_tiles,)
+  const int32_t* expert_offsets;     // (num_local + 1,)
   const int32_t* tokens_per_expert;  // (num_local,)
   const int32_t* num_tiles;          // (1,)
   int64_t a_scale_row_stride;        // in elements
@@ -50,6 +54,9 @@ struct Params {
   int32_t second_scale_row;
   int32_t block_major;  // k-blocks are a dimension of their own in w_map
   ActivationParams activation;
+  const void* token_weights;  // WEIGHTS_TYPE: (num_tokens, columns), of which column 0 is read
+  int32_t token_weights_columns;
+  int32_t num_weighted;  // experts before this one multiply by them
 };
 
 constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
@@ -57,7 +64,7 @@ constexpr int kHalfBytes = 128 * 128;
 constexpr int kStageBytes = 2 * kHalfBytes + BLOCK_N * 128;
 constexpr int kBoxRows = BLOCK_N > 64 && BLOCK_N % 16 == 0 ? BLOCK_N / 2 : BLOCK_N;
 constexpr bool kWriters = !GATHER;  // warps 1 and 2 write finished rows
-constexpr int kChunkTokens = 32, kChunkBytes = kChunkTokens * 128;
+constexpr int kChunkTokens = WHOLE_BLOCKS ? 64 : 32, kChunkBytes = kChunkTokens * 128;
 
 static_assert(ACTIVATED || !GATED, "gate and up come together in the activation");
 static_assert(CLUSTER == 1 || CLUSTER == 2, "a block loads both weight halves or one");
@@ -101,7 +108,7 @@ struct Tile {
     const int local = item - first / p.tile * p.num_column_tiles;
     column_tile = local / tiles;
     // The expert's rows in equal steps of eight over the blocks of its tiles.
-    const int height = ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
+    const int height = WHOLE_BLOCKS ? BLOCK_N : ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
     const int begin = ((local - column_tile * tiles) * CLUSTER + rank) * height;
     rows = max(min(height, count - begin), 0);
     row0 = first + (rows > 0 ? begin : 0);  // without rows one that may be read
@@ -253,18 +260,28 @@ __device__ __forceinline__ int chunk_offset(int token, int piece) {
   return token * 128 + ((piece ^ token % 8) << 4);
 }
 
+/// 16 columns of one byte, from pairs of columns eight apart to their order.
+__device__ __forceinline__ uint4 columns_in_order(uint4 v) {
+  return make_uint4(__byte_perm(v.x, v.y, 0x6420), __byte_perm(v.z, v.w, 0x6420),
+                    __byte_perm(v.x, v.y, 0x7531), __byte_perm(v.z, v.w, 0x7531));
+}
+
 /// `threads` threads copy a chunk to its rows: tokens from `token0` of the tile, columns from `column0`.
+/// Columns of one byte fill half a chunk, in the pairs that stmatrix takes.
+template <int ELEM_BYTES = 2>
 __device__ __forceinline__ void copy_chunk(const Params& p, const Tile& tile, const uint8_t* chunk,
                                            int token0, int column0, int thread, int threads) {
-  const int piece = thread % 8, column = column0 + piece * 8;
+  constexpr int kPieces = 64 * ELEM_BYTES / 16;  // of a token's columns
+  const int piece = thread % kPieces, column = column0 + piece * (16 / ELEM_BYTES);
   if (column >= p.n) return;
-  uint8_t* out =
-      static_cast<uint8_t*>(p.out) + (static_cast<int64_t>(tile.row0 + token0) * p.n + column) * 2;
+  uint8_t* out = static_cast<uint8_t*>(p.out) +
+                 (static_cast<int64_t>(tile.row0 + token0) * p.n + column) * ELEM_BYTES;
 #pragma unroll 4
-  for (int token = thread / 8; token < kChunkTokens; token += threads / 8) {
+  for (int token = thread / kPieces; token < kChunkTokens; token += threads / kPieces) {
     if (token0 + token >= tile.rows) break;
-    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * p.n * 2) =
-        *reinterpret_cast<const uint4*>(chunk + chunk_offset(token, piece));
+    const uint4 v = *reinterpret_cast<const uint4*>(chunk + chunk_offset(token, piece));
+    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * p.n * ELEM_BYTES) =
+        ELEM_BYTES == 1 ? columns_in_order(v) : v;
   }
 }
 
@@ -324,6 +341,7 @@ __device__ __forceinline__ void store_bf16(const Params& p, Shared& smem, const 
 }
 
 /// One warp writes what consumer `group` hands over.
+template <int ELEM_BYTES = 2>
 __device__ __forceinline__ void write_rows(const Params& p, Shared& smem, const Work& work,
                                            int group, int lane) {
   Ring<NUM_CHUNKS> ring;
@@ -332,8 +350,8 @@ __device__ __forceinline__ void write_rows(const Params& p, Shared& smem, const 
     for (int part = 0; part < kParts; ++part) {
       for (int token0 = 0; token0 < tile.rows; token0 += kChunkTokens, ring.advance()) {
         ring.wait(smem.staged[group], ring.phase);
-        copy_chunk(p, tile, smem.chunks[group][ring.slot], token0, first_column(tile, part, group),
-                   lane, kWarpSize);
+        copy_chunk<ELEM_BYTES>(p, tile, smem.chunks[group][ring.slot], token0,
+                               first_column(tile, part, group), lane, kWarpSize);
         arrive_warp(smem.drained[group][ring.slot], lane);
       }
     }

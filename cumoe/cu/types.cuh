@@ -21,8 +21,9 @@ namespace cumoe {
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
-/// Element types named by the -D constants of the kernels; the values are shared with the host.
-enum DataType : int { kBf16 = 0, kF16 = 1, kF32 = 2, kE4m3 = 3 };
+/// Element types named by the -D constants of the kernels; the values are shared with the host. e4m3 has a
+/// scale for each block of a matrix, kE4m3Tensor one for the whole of it.
+enum DataType : int { kNoType = -1, kBf16 = 0, kF16 = 1, kF32 = 2, kE4m3 = 3, kE4m3Tensor = 4 };
 
 template <typename T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {

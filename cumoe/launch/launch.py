@@ -225,6 +225,7 @@ def _prepare(kernel: Kernel, config: LaunchConfig, stream_ptr: int, device: Devi
 
 def _opt_in(kernel: Kernel, config: LaunchConfig, device: Device) -> None:
     """Raise the kernel's limits to what a config asks for."""
+    kernel.load(device)
     kernel.set_max_smem(config.smem_bytes, device)
     if config.cluster is not None and math.prod(config.cluster) > _PORTABLE_CLUSTER_BLOCKS:
         kernel.allow_nonportable_cluster(device)

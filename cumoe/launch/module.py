@@ -9,6 +9,7 @@ the same cubin through CuPy, for notebooks and load-time work.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import shutil
 import tempfile
@@ -46,6 +47,7 @@ class Kernel:
 
     __slots__ = (
         "_cluster_devices",
+        "_loaded_devices",
         "_smem_bytes",
         "arch",
         "function",
@@ -73,9 +75,24 @@ class Kernel:
         self.launch_configs: dict[Any, Any] = {}
         self._smem_bytes: dict[int, int] = {}
         self._cluster_devices: set[int] = set()
+        self._loaded_devices: set[int] = set()
 
     def __repr__(self) -> str:
         return f"Kernel({self.spec.name!r}, arch={self.arch!r})"
+
+    def load(self, device: Device) -> None:
+        """Put the kernel's code on ``device``, which is current, rather than at its first launch.
+
+        CUDA loads lazily, and may wait for running kernels to do so: a kernel that waits for one
+        that is not launched yet would never end. Before CUDA 12.4 the first launch does it.
+        """
+        if device.ordinal in self._loaded_devices:
+            return
+        driver = require("cuda.bindings.driver")
+        with contextlib.suppress(RuntimeError):
+            function = check(driver.cuKernelGetFunction(self.handle), "cuKernelGetFunction")
+            check(driver.cuFuncLoad(function), "cuFuncLoad")
+        self._loaded_devices.add(device.ordinal)
 
     def set_max_smem(self, nbytes: int, device: Device) -> None:
         """Allow launches with up to ``nbytes`` of dynamic shared memory on ``device``.

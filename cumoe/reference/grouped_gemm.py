@@ -9,6 +9,7 @@ import numpy as np
 from cumoe.arrays import DTYPES
 from cumoe.config import Activation, Array, Permutation, Quantized
 from cumoe.reference.activation import apply
+from cumoe.reference.exact import to_e4m3
 from cumoe.reference.quantize import quantize_fp8_block
 
 
@@ -56,10 +57,12 @@ def activated_gemm(
     activation: Activation,
     *,
     gather: bool,
+    row_weights: Array | None = None,
 ) -> Array:
     """Return ``act(x[source(i)] @ gate[e(i)].T, x[source(i)] @ up[e(i)].T)`` in float32.
 
-    An activation without a gate is given matrices without one.
+    An activation without a gate is given matrices without one. `row_weights` (max_rows,) multiply
+    the products.
     """
     y = np.zeros((permutation.max_rows, intermediate_size), np.float32)
     for expert in busy_experts(permutation):
@@ -67,8 +70,37 @@ def activated_gemm(
         source = x[permutation.token_idx[rows] if gather else rows]
         gate, up = expert_gate_up(expert)
         gate_values = None if gate is None else source @ gate.T
-        y[rows] = apply(gate_values, source @ up.T, activation, expert)
+        up_values = source @ up.T
+        if row_weights is not None:
+            up_values *= row_weights[rows, None]
+            if gate_values is not None:
+                gate_values *= row_weights[rows, None]
+        y[rows] = apply(gate_values, up_values, activation, expert)
     return y
+
+
+def weights_of_rows(permutation: Permutation, weights: Array, num_weighted: int) -> Array:
+    """Return for each row its token's weight (column 0), 1 from expert `num_weighted` on."""
+    result = np.ones(permutation.max_rows, np.float32)
+    for expert in busy_experts(permutation):
+        rows = expert_rows(permutation, expert)
+        if expert < num_weighted:
+            result[rows] = weights[permutation.token_idx[rows], 0].astype(np.float32)
+    return result
+
+
+def scale_of_rows(permutation: Permutation, scale: Array) -> Array:
+    """Return for each row the scale of its expert, shape (max_rows, 1)."""
+    result = np.ones((permutation.max_rows, 1), np.float32)
+    for expert in busy_experts(permutation):
+        result[expert_rows(permutation, expert)] = scale[expert if scale.size > 1 else 0]
+    return result
+
+
+def quantize_rows(y: Array, permutation: Permutation, scale: Array) -> Array:
+    """Return ``e4m3(y / scale)`` with the scale of each row's expert."""
+    with np.errstate(all="ignore"):
+        return to_e4m3(y / scale_of_rows(permutation, scale))
 
 
 def round_rows(y: Array, out_dtype: str) -> Array | Quantized:

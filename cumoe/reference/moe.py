@@ -7,9 +7,16 @@ from typing import Protocol
 import numpy as np
 
 from cumoe.config import Activation, Array, ExpertParts, ExpertShard, PackedTopK, Quantized, TopK
-from cumoe.reference.grouped_gemm import activated_gemm, grouped_gemm, round_rows
+from cumoe.reference.grouped_gemm import (
+    activated_gemm,
+    grouped_gemm,
+    quantize_rows,
+    round_rows,
+    scale_of_rows,
+    weights_of_rows,
+)
 from cumoe.reference.permutation import group
-from cumoe.reference.quantize import dequantize, quantize_fp8_block
+from cumoe.reference.quantize import dequantize, quantize_fp8_block, quantize_fp8_tensor
 from cumoe.reference.routing import unpack
 
 
@@ -22,6 +29,15 @@ class HostWeights(Protocol):
     @property
     def intermediate_size(self) -> int: ...
 
+    @property
+    def recipe(self) -> str | None: ...
+
+    @property
+    def x_scale(self) -> Array | None: ...
+
+    @property
+    def act_scale(self) -> Array | None: ...
+
     def dequantize_expert(self, expert: int) -> tuple[Array | None, Array, Array]: ...
 
 
@@ -31,7 +47,7 @@ def expert_parts(
     topk: TopK,
     weights: HostWeights,
     *,
-    fp8: bool,
+    weights_on_input: bool,
     num_experts: int,
     num_shared_experts: int,
     shard: ExpertShard,
@@ -39,9 +55,10 @@ def expert_parts(
 ) -> ExpertParts:
     """Run the experts on NumPy with the kernels' rounding points, everything between in float32.
 
-    fp8: activations are quantised 1 x 128 before each GEMM; otherwise the intermediate is rounded
-    to bfloat16. Rows are rounded to bfloat16.
+    fp8: activations are quantised 1 x 128, or by the static scales, before each GEMM; otherwise the
+    intermediate is rounded to bfloat16. Rows are rounded to bfloat16.
     """
+    recipe = weights.recipe
     permutation = group(
         topk.ids,
         num_experts=num_experts,
@@ -50,8 +67,11 @@ def expert_parts(
         tile=1,
     )
     if x_scale is not None:
-        wide = dequantize(Quantized(x, x_scale))
-    elif fp8:
+        block = (None, None) if recipe == "fp8_tensor" else (1, 128)
+        wide = dequantize(Quantized(x, x_scale, block=block))
+    elif recipe == "fp8_tensor":
+        wide = dequantize(quantize_fp8_tensor(x, weights.x_scale))
+    elif recipe == "fp8_block":
         wide = dequantize(quantize_fp8_block(x))
     else:
         wide = x.astype(np.float32)
@@ -63,11 +83,22 @@ def expert_parts(
         return weights.dequantize_expert(int(expert))[2]
 
     size = weights.intermediate_size
-    y = activated_gemm(wide, permutation, gate_up, size, activation, gather=True)
-    rounded = round_rows(y, "float8_e4m3fn" if fp8 else "bfloat16")
-    wide = dequantize(rounded) if isinstance(rounded, Quantized) else rounded.astype(np.float32)
+    row_weights = None
+    if weights_on_input:
+        row_weights = weights_of_rows(permutation, topk.weights, shard.num_local_experts)
+    y = activated_gemm(
+        wide, permutation, gate_up, size, activation, gather=True, row_weights=row_weights
+    )
+    if recipe == "fp8_tensor":
+        assert weights.act_scale is not None
+        values = quantize_rows(y, permutation, weights.act_scale)
+        wide = values.astype(np.float32) * scale_of_rows(permutation, weights.act_scale)
+    else:
+        rounded = round_rows(y, "float8_e4m3fn" if recipe == "fp8_block" else "bfloat16")
+        wide = dequantize(rounded) if isinstance(rounded, Quantized) else rounded.astype(np.float32)
     y = grouped_gemm(wide, permutation, down, weights.hidden_size, gather=False)
-    return ExpertParts(round_rows(y, "bfloat16"), topk.weights, permutation.permuted_idx)
+    topk_weights = None if weights_on_input else topk.weights
+    return ExpertParts(round_rows(y, "bfloat16"), topk_weights, permutation.permuted_idx)
 
 
 def expand(ids: Array, weights: Array | None, num_experts: int, num_shared: int) -> TopK:

@@ -11,7 +11,12 @@ from tests.host.activation_cases import ACTIVATION_CASES
 from tests.host.allreduce_cases import ALLREDUCE_CASES, TWO_SHOT_CASES
 from tests.host.checks import BF16, F16, F32, Case, Host, check
 from tests.host.finalize_cases import FINALIZE_CASES
-from tests.host.gemm_cases import GEMM90_BF16_CASES, GEMM90_FP8_CASES, GEMM_CASES
+from tests.host.gemm_cases import (
+    GEMM90_CASES,
+    GEMM90_FP8_CASES,
+    GEMM90_FP8_ROWS_CASES,
+    GEMM_CASES,
+)
 from tests.host.quantize_cases import QUANTIZE_CASES
 from tests.host.routing_cases import ONE_LAUNCH_CASES, ROUTING_CASES, TWO_LAUNCH_CASES
 
@@ -28,7 +33,8 @@ CASES: dict[str, list[Case]] = {
     "allreduce_one_shot": ALLREDUCE_CASES,
     "allreduce_two_shot": TWO_SHOT_CASES,
     "sm80_grouped_gemm": GEMM_CASES,
-    "sm90_bf16_grouped_gemm": GEMM90_BF16_CASES,
     "sm90_fp8_grouped_gemm": GEMM90_FP8_CASES,
+    "sm90_fp8_rows_grouped_gemm": GEMM90_FP8_ROWS_CASES,
+    "sm90_grouped_gemm": GEMM90_CASES,
 }
 """Kernel to cases; routing_count and permute_place run one after the other in each of theirs."""

@@ -13,7 +13,7 @@ from tests.host.checks import BF16, F16, F32, Case, Host, same_bits, virtual
 
 
 def _finalize(
-    num_tokens: int, columns: int, hidden: int, rows_dtype: str, weights: str, out: str
+    num_tokens: int, columns: int, hidden: int, rows_dtype: str, weights: str | None, out: str
 ) -> Callable[[Host], None]:
     def check(host: Host) -> None:
         count = num_tokens * columns
@@ -24,8 +24,9 @@ def _finalize(
         index[-1] = -1
         rows[np.setdiff1d(order, index)] = np.nan
         index = host.arena.array(index)
-        w = host.normal((num_tokens, columns), weights)
-        w[index < 0] = np.nan
+        w = None if weights is None else host.normal((num_tokens, columns), weights)
+        if w is not None:
+            w[index < 0] = np.nan
         got, expected = (
             host.empty((num_tokens, hidden), out),
             np.zeros((num_tokens, hidden), DTYPES[out]),
@@ -53,6 +54,7 @@ FINALIZE_CASES = [
     Case("tails", _finalize(5, 5, 264, BF16, F32, BF16)),
     Case("one token, no row", _finalize(1, 1, 8, BF16, BF16, F32)),
     Case("wide", _finalize(3, 9, 2056, F16, F32, F16)),
+    Case("without weights", _finalize(3, 2, 136, BF16, None, BF16)),
     Case("top 8", _finalize(4, 8, 1160, BF16, BF16, BF16)),
     Case("top 32 and a shared one", _finalize(3, 33, 136, BF16, F32, BF16)),
     Case("64 columns", _finalize(2, 64, 40, F32, F32, F32)),

@@ -14,6 +14,7 @@ from cumoe.arrays import DTYPES, FP8
 from cumoe.config import Activation, Quantized
 from cumoe.reference import exact, quantize
 from cumoe.tuning import (
+    FP8_TENSOR,
     SM90_MIN_STAGES,
     GroupedGemmConfig,
     GroupedGemmProblem,
@@ -55,6 +56,8 @@ class _Gemm:
     per_expert: bool = False
     counts: tuple[int, ...] | None = None
     activation: Activation | None = None
+    weights: str | None = None  # dtype of the tokens' weights
+    num_weighted: int = 2  # of the experts
 
     @property
     def problem(self) -> GroupedGemmProblem:
@@ -62,12 +65,12 @@ class _Gemm:
         gated = self.order is not None
         activated = self.activation is not None and not gated
         return GroupedGemmProblem(
-            self.dtype, self.out_dtype, gated, self.gather, self.tile, activated
+            self.dtype, self.out_dtype, gated, self.gather, self.tile, activated, self.weights
         )
 
     def check(self, host: Host, launch: Callable[..., kernels.Launch]) -> None:
         """Run what `launch` makes of the operands and compare it with the twin."""
-        from cumoe.grouped_gemm import _on_host
+        from cumoe.grouped_gemm import on_host
 
         n, k, order = self.n, self.k, self.order
         p = random_group(host, self.tokens, self.top_k, self.experts, self.tile, self.counts)
@@ -82,6 +85,12 @@ class _Gemm:
             rows = 2 * kernels.blocks(n) if order else kernels.blocks(n)
             scale = host.rng.random((self.experts, rows, kernels.blocks(k))) / 100 + 0.005
             w, w_scale = exact.to_e4m3(w * 100), host.arena.array(scale.astype(np.float32))
+        elif self.dtype == FP8_TENSOR:
+            # One scale for all tokens, or that of an expert for the rows of an activation.
+            scale = host.rng.random(1 if self.gather else self.experts) / 100 + 0.005
+            a, a_scale = exact.to_e4m3(a * 100), host.arena.array(scale.astype(np.float32))
+            scale = host.rng.random((self.experts, 2 if order else 1)) / 100 + 0.005
+            w, w_scale = exact.to_e4m3(w * 100), host.arena.array(scale.astype(np.float32))
         else:
             a, w = a.astype(DTYPES[self.dtype]), w.astype(DTYPES[self.dtype])
         if self.block_major:
@@ -92,12 +101,23 @@ class _Gemm:
         act = self.activation or Activation()
         if self.per_expert:
             act = per_expert_activation(host, self.experts)
-        y = host.empty((p.max_rows, n), self.out_dtype)
+        tensors = self.out_dtype == FP8_TENSOR
+        y = host.empty((p.max_rows, n), FP8 if tensors else self.out_dtype)
         y_scale = None
         if self.out_dtype == FP8:
             y_scale = host.empty((p.max_rows, kernels.blocks(n)), F32)
-        host.run(launch(a, a_scale, operand, y, y_scale, p, act))
-        expected = _on_host(a, a_scale, operand, p, act, self.problem, n)
+        elif tensors:
+            y_scale = host.rng.random(self.experts) / 50 + 0.003
+            y_scale = host.arena.array(y_scale.astype(np.float32))
+        weights = None
+        if self.weights is not None:
+            values = host.rng.random((self.tokens, 2)) + 0.3
+            values = host.arena.array(values.astype(DTYPES[self.weights]))
+            weights = kernels.TokenWeights(values, self.num_weighted)
+        host.run(launch(a, a_scale, operand, y, y_scale, p, act, weights))
+        expected = on_host(
+            a, a_scale, operand, p, act, self.problem, n, y_scale if tensors else None, weights
+        )
         held = valid_rows(p)
         if isinstance(expected, Quantized):
             assert y_scale is not None
@@ -108,9 +128,11 @@ class _Gemm:
             )
         else:
             got, want = y[held], expected[held]
-        close("y", got, want, self.out_dtype)
+        close("y", got, want, FP8 if tensors else self.out_dtype)
         padding = np.flatnonzero(p.token_idx < 0)
         assert (y[padding].view(np.uint8) == 0xFF).all(), "y: padding rows were written"
+        if y_scale is not None and not tensors:
+            assert np.isnan(y_scale[padding]).all(), "scale: padding rows were written"
 
 
 def _gemm(
@@ -120,9 +142,10 @@ def _gemm(
     gemm = _Gemm(dtype, out_dtype, **sizes)
     problem = gemm.problem
 
-    def launch(a, a_scale, operand, y, y_scale, p, act):  # type: ignore[no-untyped-def]
+    def launch(a, a_scale, operand, y, y_scale, p, act, weights):  # type: ignore[no-untyped-def]
         chosen = config or select_config(problem, SMEM_LIMIT)
-        return kernels.grouped_gemm(a, a_scale, operand, y, y_scale, p, problem, chosen, act)
+        arrays = (a, a_scale, operand, y, y_scale, p)
+        return kernels.grouped_gemm(*arrays, problem, chosen, act, weights)
 
     return lambda host: gemm.check(host, launch)
 
@@ -138,7 +161,7 @@ def _gemm90(
     counts: tuple[int, ...] | None = None,
     **sizes: Any,
 ) -> Callable[[Host], None]:
-    """``sm90_*_grouped_gemm``; a cluster takes `tile` tokens.
+    """``sm90_grouped_gemm`` and ``sm90_fp8_grouped_gemm``; a cluster takes `tile` tokens.
 
     By default a layer's: with an activation rows are gathered. The pipelines are as shallow as
     they may be.
@@ -156,15 +179,18 @@ def _gemm90(
     reason = why_illegal_sm90(chosen, gemm.problem)
     assert reason is None, reason
 
-    def launch(a, a_scale, operand, y, y_scale, p, act):  # type: ignore[no-untyped-def]
+    def launch(a, a_scale, operand, y, y_scale, p, act, weights):  # type: ignore[no-untyped-def]
         with mock.patch("cumoe.kernels_sm90.encode_tiled", encode_tiled):
             made = kernels_sm90.grouped_gemm(
-                a, a_scale, operand, y, y_scale, p, gemm.problem, chosen, act, num_sms
+                a, a_scale, operand, y, y_scale, p, gemm.problem, chosen, act, num_sms, weights
             )
         made.spec = kernels.with_activation(made.spec, act)
         return made
 
     return lambda host: gemm.check(host, launch)
+
+
+TENSOR = FP8_TENSOR
 
 
 def _config(*sizes: int) -> GroupedGemmConfig:
@@ -229,10 +255,32 @@ GEMM_CASES = [
         _gemm(BF16, F32, k=72, n=40, tile=16, order="gate_up", activation=PRODUCT),
     ),
     Case(
+        "fp8 tensor gated to fp8",
+        _gemm(TENSOR, TENSOR, k=272, n=136, tile=16, order="up_gate", per_expert=True),
+    ),
+    Case(
+        "fp8 tensor, weights of tokens",
+        _gemm(
+            TENSOR, TENSOR, k=144, n=48, tile=32, order="gate_up_interleaved", tokens=40,
+            weights=BF16,
+        ),
+    ),
+    Case(
+        "fp8 tensor relu2, weights of tokens, block-major",
+        _gemm(
+            TENSOR, TENSOR, k=256, n=144, tile=64, activation=Activation("relu2"),
+            block_major=True, tokens=70, weights=F32,
+        ),
+    ),
+    Case(
+        "fp8 tensor plain, tile 128",
+        _gemm(TENSOR, BF16, k=144, n=264, tile=128, gather=False, tokens=60, experts=2),
+    ),
+    Case(
         "two stages, other warps",
         _gemm(FP8, F32, k=640, n=72, tile=32, config=_config(32, 64, 2, 2, 2)),
     ),
-]
+]  # fmt: skip
 
 # Rows an expert gets: none, and every remainder of eight in one tile of 24 or more.
 REMAINDERS = (0, 1, 10, 19, 28, 37, 46, 55, 0, 64)
@@ -316,7 +364,44 @@ GEMM90_FP8_CASES = [
     ),
 ]  # fmt: skip
 
-GEMM90_BF16_CASES = [
+# Rows an expert gets: none, a consumer's, a block's and a cluster's share, and one more or fewer.
+SHARES = (0, 1, 63, 64, 65, 128, 129, 200)
+
+
+def _rows90(**sizes: Any) -> Callable[[Host], None]:
+    """``sm90_fp8_rows_grouped_gemm``."""
+    cluster = sizes.setdefault("cluster", 1)
+    fp8 = sizes.get("order") is not None or "activation" in sizes
+    return _gemm90(
+        FP8, **{"tile": 128 * cluster, "block_n": 128, "num_chunks": 2 if fp8 else 1} | sizes
+    )
+
+
+GEMM90_FP8_ROWS_CASES = [
+    Case("gated", _rows90(k=272, n=144, order="up_gate", per_expert=True)),
+    Case(
+        "gated interleaved, up first, rows in order",
+        _rows90(k=400, n=80, order="up_gate_interleaved", gather=False, tokens=50),
+    ),
+    Case("gated, block-major", _rows90(k=256, n=144, block_major=True, order="gate_up")),
+    Case("plain", _rows90(k=144, n=264, tokens=50, num_chunks=2)),
+    Case("plain, gathered", _rows90(k=272, n=264, gather=True, tokens=40)),
+    Case("shares", _rows90(k=144, n=40, counts=SHARES)),
+    Case("shares, gated", _rows90(k=144, n=80, order="gate_up", counts=SHARES)),
+    Case(
+        "one block, several tiles",
+        _rows90(num_sms=1, k=640, n=272, counts=(70, 3, 130), num_chunks=2),
+    ),
+    Case(
+        "one block, several tiles, gated",
+        _rows90(num_sms=1, k=640, n=272, order="gate_up", counts=(70, 3, 130)),
+    ),
+    Case("clusters, gated", _rows90(cluster=2, k=640, n=144, order="gate_up", counts=(140, 9, 0))),
+    Case("clusters, plain", _rows90(cluster=2, num_sms=2, k=640, n=264, counts=(3, 0, 300, 128))),
+    Case("activated", _rows90(k=272, n=272, activation=Activation("relu2"), tokens=40)),
+]
+
+GEMM90_CASES = [
     Case("gated", _gemm90(BF16, k=136, n=144, tile=16, order="up_gate", per_expert=True)),
     Case(
         "gated interleaved",
@@ -380,4 +465,50 @@ GEMM90_BF16_CASES = [
         "geglu",
         _gemm90(BF16, k=72, n=136, tile=16, order="up_gate", activation=Activation("geglu")),
     ),
+    Case(
+        "fp8 gated",
+        _gemm90(TENSOR, k=272, n=144, tile=16, order="up_gate", per_expert=True),
+    ),
+    Case("fp8 plain", _gemm90(TENSOR, k=272, n=264, tile=40, tokens=40)),
+    Case("fp8 plain, gathered", _gemm90(TENSOR, k=144, n=264, tile=112, gather=True, tokens=90)),
+    Case(
+        "fp8 gated interleaved, weights of tokens",
+        _gemm90(
+            TENSOR, k=144, n=48, tile=48, order="gate_up_interleaved", tokens=60, weights=F32
+        ),
+    ),
+    Case(
+        "fp8 gated, rows in order",
+        _gemm90(TENSOR, k=272, n=208, tile=40, order="gate_up", gather=False, num_chunks=2),
+    ),
+    Case(
+        "fp8 every remainder, gated",
+        _gemm90(
+            TENSOR, k=144, n=80, tile=72, order="up_gate", counts=REMAINDERS, weights=BF16,
+            num_weighted=8,
+        ),
+    ),
+    Case(
+        "fp8 one block, several tiles, gated",
+        _gemm90(TENSOR, num_sms=1, k=640, n=272, tile=40, order="gate_up", tokens=30, experts=3),
+    ),
+    Case(
+        "fp8 clusters, gated",
+        _gemm90(TENSOR, cluster=2, k=272, n=144, tile=48, order="gate_up", tokens=60),
+    ),
+    Case(
+        "fp8 relu2, block-major",
+        _gemm90(
+            TENSOR, k=256, n=272, tile=40, activation=Activation("relu2"), block_major=True,
+            weights=BF16, num_weighted=3,
+        ),
+    ),
+    Case(
+        "fp8 silu, rows in order, one block",
+        _gemm90(
+            TENSOR, num_sms=1, k=144, n=400, tile=24, tokens=30, gather=False,
+            activation=Activation("silu"), num_chunks=2,
+        ),
+    ),
+    Case("fp8 plain, tile 192", _gemm90(TENSOR, k=144, n=136, tile=192, tokens=140, experts=2)),
 ]  # fmt: skip

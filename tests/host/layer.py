@@ -49,10 +49,13 @@ def run_layer(
     activation: Activation | None = None,
     num_experts: int | None = None,
     num_shared_experts: int = 0,
+    weights_on_input: bool = False,
     out: np.ndarray | None = None,
 ) -> tuple[np.ndarray | None, ExpertParts]:
     """Return the result, and the parts it was summed from, of a call that a GPU would plan."""
-    spec = check_layer(weights, routing, shard, activation, num_experts, num_shared_experts)
+    spec = check_layer(
+        weights, routing, shard, activation, num_experts, num_shared_experts, weights_on_input
+    )
     call = check_call(spec, x, logits, topk, bias, out is not None, out, None)
     call.x = call.x.view(_OnDevice)
     arch = {900: "sm_90a", 800: "sm_80"}[host.options.arch]
@@ -64,8 +67,8 @@ def run_layer(
     ):
         plan = DevicePlan(spec, call, _Workspace(host))  # type: ignore[arg-type]
     launches = [launch for stage in plan.stages.values() for launch in stage]
-    recipe = "fp8" if spec.fp8 else "bf16"
-    gemm = f"sm90_{recipe}_grouped_gemm" if spec.runs_sm90(arch) else "sm80_grouped_gemm"
+    hopper = "sm90_fp8_grouped_gemm" if weights.recipe == "fp8_block" else "sm90_grouped_gemm"
+    gemm = hopper if spec.runs_sm90(arch) else "sm80_grouped_gemm"
     assert {name for launch in launches if "gemm" in (name := launch.spec.name)} == {gemm}
     host.run(*launches)
     return call.out, plan.parts_of(call)
@@ -81,6 +84,7 @@ class _Shape:
     layout: str = "major_k"
     num_shared: int = 0
     activation: Activation | None = None
+    weights_on_input: bool = False  # with given routing
 
 
 def _weights(host: Host, shape: _Shape, num_experts: int) -> ExpertWeights:
@@ -95,13 +99,17 @@ def _weights(host: Host, shape: _Shape, num_experts: int) -> ExpertWeights:
         recipe=shape.recipe,  # type: ignore[arg-type]
         gate_up_order=shape.order,  # type: ignore[arg-type]
         layout=shape.layout,  # type: ignore[arg-type]
+        **_static_scales(shape, num_experts),
     )
-    arrays = (made.w13, made.w2, made.w13_scale, made.w2_scale)
-    return ExpertWeights(
-        *(host.arena.array(a) for a in arrays),
-        gate_up_order=made.gate_up_order,
-        layout=made.layout,
-    )
+    arrays = {name: host.arena.array(a) for name, a in made._arrays().items()}
+    return ExpertWeights(**arrays, gate_up_order=made.gate_up_order, layout=made.layout)
+
+
+def _static_scales(shape: _Shape, num_experts: int) -> dict[str, Any]:
+    if shape.recipe != "fp8_tensor":
+        return {}
+    act_scale = np.linspace(0.005, 0.02, num_experts, dtype=np.float32)
+    return {"x_scale": 0.01, "act_scale": act_scale}
 
 
 def _layer(
@@ -135,7 +143,9 @@ def _given(shape: _Shape, top_k: int, num_experts: int, packed: bool) -> Callabl
         scores = host.rng.random(ids.shape).astype(np.float32)
         given = pack(TopK(ids, scores)) if packed else TopK(ids, scores)
         topk = type(given)(*(host.arena.array(a) for a in given))
-        shared = {"num_shared_experts": shape.num_shared}
+        shared = {
+            "num_shared_experts": shape.num_shared, "weights_on_input": shape.weights_on_input
+        }  # fmt: skip
         out = host.empty(x.shape, BF16)
         run_layer(host, x, weights, topk=topk, out=out, **shared)
         _, parts = run_layer(host, x, weights, topk=topk, **shared)
@@ -212,6 +222,44 @@ LAYER_CASES = [
     ),
     Case("bf16 one expert, many tokens", _given(_Shape(150, 64, 48), 1, 1, False)),
     Case("bf16 one expert, tiles of two blocks", _given(_Shape(270, 200, 136), 1, 1, False)),
+    Case(
+        "fp8 tensor",
+        _layer(
+            _Shape(13, 272, 144, "fp8_tensor", "up_gate"),
+            Routing("deepseek_v3", 32, 5, 4, 2, scaling_factor=2.5, num_shared_experts=1),
+        ),
+    ),
+    Case(
+        "fp8 tensor, weights on input, shared expert",
+        _layer(
+            _Shape(21, 144, 112, "fp8_tensor", "gate_up_interleaved"),
+            Routing("llama4", 5, 1, num_shared_experts=1, weights_on_input=True),
+        ),
+    ),
+    Case(
+        "fp8 tensor, weights on input, shard",
+        _layer(
+            _Shape(
+                30, 256, 128, "fp8_tensor", "up", "block_major_k", activation=Activation("relu2")
+            ),
+            Routing("llama4", 9, 1, weights_on_input=True, weights_dtype="bfloat16"),
+            ExpertShard.from_counts([4, 3, 2], 1),
+        ),
+    ),
+    Case(
+        "fp8 tensor given ids, weights on input",
+        _given(_Shape(17, 144, 80, "fp8_tensor", weights_on_input=True), 1, 4, False),
+    ),
+    Case(
+        "fp8 tensor packed, weights on input, shared experts",
+        _given(
+            _Shape(5, 128, 128, "fp8_tensor", num_shared=2, weights_on_input=True), 1, 6, True
+        ),
+    ),
+    Case(
+        "fp8 tensor one expert, tiles of two blocks",
+        _given(_Shape(270, 272, 144, "fp8_tensor"), 1, 1, False),
+    ),
     Case(
         "fp8 one expert, tiles of two blocks",
         _given(_Shape(170, 272, 144, "fp8_block"), 1, 1, False),

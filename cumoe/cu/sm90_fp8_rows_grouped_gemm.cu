@@ -1,0 +1,282 @@
+// sm90_fp8_rows_grouped_gemm: sm90_fp8_grouped_gemm for experts with hundreds of tokens.
+//
+// out[r, j] = epilogue(sum over k-blocks b of 128 of
+//                      a_scale[source(r), b] * w_scale[block(j), b] * (a[source(r), b] . w[j, b]))
+//
+// Layout, roles and barriers: sm90_grouped.cuh; warp 3 hands on the scales of a stage. Here tokens are the
+// 64 rows of the wgmma and 128 columns its n: fewer bytes of shared memory for a product, and two
+// scales a thread instead of one for each column, but an expert pays for tokens in steps of 64. A
+// block has 128 tokens, 64 a consumer, and 256 weight rows in two parts. While one consumer adds a
+// product, which is summed over 128 of k, times its scales in fp32, the other's runs.
+//
+// From -D   those of sm90_grouped.cuh; ACTIVATED writes fp8 with 1 x 128 scales, else bf16
+#define WHOLE_BLOCKS 1
+#include "sm90_grouped.cuh"
+
+using namespace cumoe;
+
+constexpr int kStageRow = 128 + 16;  // bytes; padded so that neighbouring tokens lie in other banks
+constexpr int kTokens = BLOCK_N / kConsumers;  // of a consumer
+constexpr int kGatherThreads = 2 * kWarpSize;
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+
+static_assert(BLOCK_N == 128, "m of the wgmma, twice");
+static_assert(!ACTIVATED || kTokens * kStageRow <= NUM_CHUNKS * kChunkBytes, "staging");
+
+struct Smem : Shared {
+  float scale[NUM_STAGES][BLOCK_N];  // of the tokens
+  float2 weight_scale[NUM_STAGES];   // of the two halves
+  uint64_t landed[NUM_STAGES];       // gathered tokens, of which warp 3 tells the consumers
+};
+
+/// Warp 3: the scales of every stage, loaded two stages ahead; then gathered tokens are announced, too.
+__device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const Work& work,
+                                            int lane) {
+  constexpr int kPerLane = BLOCK_N / kWarpSize, kAhead = 2;
+  StageRing ring;
+  for (int item = work.first; item < work.count; item += work.stride) {
+    const Tile tile(p, item, work.rank);
+    const float* a_scale[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int token = lane + i * kWarpSize;
+      const int row = tile.row0 + (token < tile.rows ? token : 0);
+      a_scale[i] = p.a_scale + (GATHER ? max(p.token_idx[row], 0) : row) * p.a_scale_row_stride;
+    }
+    // The second half of the last tile may lie past the matrix: any scale will do for its zeros.
+    const int first = lane % 2 == 0 ? p.first_scale_row : p.second_scale_row;
+    const int block = min(first + tile.column_tile * (GATED ? 1 : 2), p.w_scale_rows - 1);
+    const float* w_scale =
+        p.w_scale + (static_cast<int64_t>(tile.expert) * p.w_scale_rows + block) * work.steps;
+    float ahead[kAhead + 1][kPerLane + 1];
+    const auto load = [&](int at, int step) {
+      const bool valid = step < work.steps;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        ahead[at][i] = valid ? a_scale[i][step * p.a_scale_block_stride] : 0.0f;
+      }
+      ahead[at][kPerLane] = valid ? w_scale[step] : 0.0f;
+    };
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) load(s, s);
+    for (int step = 0; step < work.steps; ++step, ring.advance()) {
+      load(kAhead, step + kAhead);
+      ring.wait(smem.empty, ring.phase ^ 1);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        smem.scale[ring.slot][lane + i * kWarpSize] = ahead[0][i];
+      }
+      if (lane < 2) {
+        reinterpret_cast<float*>(&smem.weight_scale[ring.slot])[lane] = ahead[0][kPerLane];
+      }
+      if constexpr (GATHER) {
+        ring.wait(smem.landed, ring.phase);
+        ptx::fence_proxy_async();
+      }
+      arrive_warp(smem.full[ring.slot], lane);
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+#pragma unroll
+        for (int i = 0; i < kPerLane + 1; ++i) ahead[s][i] = ahead[s + 1][i];
+      }
+    }
+  }
+}
+
+using Sums = float[2][64];  // of two parts of 128 columns
+
+/// Quantises and stores one part: 128 columns of the consumer's tokens, one scale a token. Four lanes have
+/// a token; a lane's values 4 j + 2 h + c are of token lane / 4 + 8 h of its warp.
+__device__ __forceinline__ void store_quantised(const Params& p, Smem& smem, const Tile& tile,
+                                                float (&y)[64], int block, int group, int thread) {
+  const int lane = thread % kWarpSize, rows = min(tile.rows - group * kTokens, kTokens);
+  const int row0 = tile.row0 + group * kTokens;
+  uint8_t* staging = smem.chunks[group][0];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int token = thread / kWarpSize * 16 + lane / 4 + 8 * h;
+    float amax = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      amax = fmaxf(amax, fmaxf(fabsf(y[4 * j + 2 * h]), fabsf(y[4 * j + 2 * h + 1])));
+    }
+    amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, 1));
+    amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, 2));
+    BlockDivisor by;
+    const float scale = block_scale(amax, by);
+    if (lane % 4 == 0 && token < rows && block * 128 < p.n) {
+      p.out_scale[(row0 + token) * p.out_scale_row_stride + block * p.out_scale_block_stride] =
+          scale;
+    }
+    uint8_t* to = staging + token * kStageRow + 2 * (lane % 4);
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const uint32_t q =
+          e4m3x2_from_f32(by.divide(y[4 * j + 2 * h]), by.divide(y[4 * j + 2 * h + 1]));
+      *reinterpret_cast<uint16_t*>(to + 8 * j) = static_cast<uint16_t>(q);
+    }
+  }
+  ptx::named_barrier_sync(1 + group, 128);
+  const int column = block * 128 + thread % 8 * 16;
+  if (column < p.n) {
+    for (int token = thread / 8; token < rows; token += 16) {
+      const int64_t at = static_cast<int64_t>(row0 + token) * p.n + column;
+      *reinterpret_cast<uint4*>(static_cast<uint8_t*>(p.out) + at) =
+          *reinterpret_cast<const uint4*>(staging + token * kStageRow + thread % 8 * 16);
+    }
+  }
+  ptx::named_barrier_sync(1 + group, 128);  // before the next part, or tile, is staged
+}
+
+/// Activation and quantisation: with GATED of gate and up, else of each part.
+__device__ __forceinline__ void store_activated(const Params& p, Smem& smem, const Tile& tile,
+                                                Sums& y, int group, int thread) {
+  const ActivationValues act = activation_of(p.activation, tile.expert);
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) y[part][i] = activate(y[part][i], y[GATED ? 1 : part][i], act);
+    const int block = GATED ? tile.column_tile : tile.column_tile * 2 + part;
+    store_quantised(p, smem, tile, y[part], block, group, thread);
+  }
+}
+
+/// Rounds to bf16 and hands chunks of 64 columns of the consumer's tokens to its writer.
+__device__ __forceinline__ void store_rounded(const Params& p, Smem& smem, const Tile& tile,
+                                              const Sums& y, Ring<NUM_CHUNKS>& ring, int group,
+                                              int thread) {
+  const int lane = thread % kWarpSize, token = thread / kWarpSize * 16 + lane / 4;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    uint8_t* chunk = smem.chunks[group][ring.slot];
+    if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float* values = y[c / 2] + (c % 2 * 8 + j) * 4;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint8_t* to = chunk + chunk_offset(token + 8 * h, j) + lane % 4 * 4;
+        *reinterpret_cast<uint32_t*>(to) =
+            ptx::cvt_bf16x2_f32(values[2 * h], values[2 * h + 1]);
+      }
+    }
+    if constexpr (kWriters) {
+      arrive_warp(smem.staged[group][ring.slot], lane);
+    } else {
+      ptx::named_barrier_sync(1 + group, 128);
+      copy_chunk(p, tile, chunk, group * kTokens, tile.column_tile * 256 + c * 64, thread, 128);
+      ptx::named_barrier_sync(1 + group, 128);
+    }
+    ring.advance();
+  }
+}
+
+/// One warp writes what consumer `group` hands over.
+__device__ __forceinline__ void write_chunks(const Params& p, Smem& smem, const Work& work,
+                                             int group, int lane) {
+  Ring<NUM_CHUNKS> ring;
+  for (int item = work.first; item < work.count; item += work.stride) {
+    const Tile tile(p, item, work.rank);
+    if (tile.rows <= group * kTokens) continue;
+    for (int c = 0; c < 4; ++c, ring.advance()) {
+      ring.wait(smem.staged[group], ring.phase);
+      copy_chunk(p, tile, smem.chunks[group][ring.slot], group * kTokens,
+                 tile.column_tile * 256 + c * 64, lane, kWarpSize);
+      arrive_warp(smem.drained[group][ring.slot], lane);
+    }
+  }
+}
+
+/// Adds a product times the scales of this lane's two tokens.
+__device__ __forceinline__ void add(float (&sum)[64], const float (&product)[64], float first,
+                                    float second) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) sum[i] = fmaf(product[i], i % 4 < 2 ? first : second, sum[i]);
+}
+
+/// Warpgroups 1 and 2: products, promotion and epilogue.
+__device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work& work, int thread) {
+  const int lane = thread % kWarpSize, group = __shfl_sync(kFullMask, thread / 128, 0);
+  const int row = thread / kWarpSize * 16 + lane / 4;  // of the block's tokens
+  Stages in(smem, lane);
+  Ring<NUM_CHUNKS> chunks;
+  for (int item = work.first; item < work.count; item += work.stride) {
+    in.wait();
+    const Tile tile(smem.tiles[in.ring.slot]);
+    if (tile.rows <= group * kTokens) {  // nothing here to multiply
+      for (int step = 0; step < work.steps; ++step) {
+        in.wait();
+        in.release(in.ring.slot, lane);
+        in.ring.advance();
+      }
+      continue;
+    }
+    Sums sum;
+    float product[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) sum[0][i] = sum[1][i] = 0.0f;
+#pragma unroll 1
+    for (int step = 0; step < work.steps; ++step) {
+      in.wait();
+      const int slot = in.ring.slot;
+      const uint32_t tokens = in.stage() + 2 * kHalfBytes + group * (kTokens * 128);
+      const float first = smem.scale[slot][row], second = smem.scale[slot][row + 8];
+      const float2 weight = smem.weight_scale[slot];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        wgmma::fence();
+        wgmma::mma_e4m3<128>(product, wgmma::descriptor(tokens),
+                             wgmma::descriptor(in.stage() + part * kHalfBytes), false);
+        wgmma::commit();
+        const float w = part == 0 ? weight.x : weight.y;
+        const float by_first = first * w, by_second = second * w;
+        wgmma::wait<0>();
+        if (part == 1) in.release(slot, lane);
+        add(sum[part], product, by_first, by_second);
+      }
+      in.ring.advance();
+    }
+    if constexpr (ACTIVATED) {
+      store_activated(p, smem, tile, sum, group, thread % 128);
+    } else {
+      store_rounded(p, smem, tile, sum, chunks, group, thread % 128);
+    }
+  }
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
+    __launch_bounds__(128 + kConsumerThreads, 1)
+        sm90_fp8_rows_grouped_gemm(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) uint8_t smem_bytes[];
+  Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  if (threadIdx.x == 0) {
+    if constexpr (!GATHER) ptx::prefetch_tensor_map(&p.a_map);
+    ptx::prefetch_tensor_map(&p.w_map);
+    smem.init(1);
+    for (int s = 0; s < NUM_STAGES; ++s) {
+      ptx::mbarrier_init(ptx::smem_address(&smem.landed[s]), kGatherThreads);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  // The blocks of a cluster write to each other's barriers and shared memory: all must be there.
+  CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();
+  ptx::griddepcontrol_wait();
+  const Work work(p, ceil_div(p.k_bytes, 128));
+  if (warp < 4) {
+    ptx::setmaxnreg_dec<kProducerRegisters>();
+    if (warp == 0) {
+      if (lane == 0) load_by_tma(p, smem, work);
+    } else if (warp == 3) {
+      load_scales(p, smem, work, lane);
+    } else if constexpr (GATHER) {
+      gather_tokens<kGatherThreads>(p, smem, smem.landed, work, threadIdx.x - kWarpSize);
+    } else if constexpr (!ACTIVATED) {
+      write_chunks(p, smem, work, warp - 1, lane);
+    }
+  } else {
+    ptx::setmaxnreg_inc<kConsumerRegisters>();
+    consume(p, smem, work, threadIdx.x - 128);
+  }
+  if constexpr (CLUSTER > 1) ptx::cluster_sync();
+}

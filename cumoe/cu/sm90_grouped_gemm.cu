@@ -1,0 +1,184 @@
+// sm90_grouped_gemm: every expert's rows times that expert's weight, by TMA and wgmma, in bf16 or in e4m3
+// with one scale for a tensor.
+//
+// out[r, j] = epilogue(a[source(r)] . w[j])                                        bf16
+// out[r, j] = epilogue((a[source(r)] . w[j]) * (a_scale * w_scale) * weight(r))    e4m3
+//
+// One rounding, to bf16 or, of an activation of e4m3 operands, to e4m3(y / out_scale). A scale is one of the
+// expert: of w one for each half with GATED. weight(r) is that of the row's token, or nothing (kNoType).
+//
+// Layout, roles and barriers: sm90_grouped.cuh. The sums stay in the accumulators for the whole of k,
+// one product of a stage always in flight behind the running one.
+// NOTE: wgmma of e4m3 cuts its sum to 14 bits each 32 of k, so it loses up to 2^-13 of it each time.
+//
+// From -D   TYPE (kBf16 kE4m3Tensor) WEIGHTS_TYPE (kNoType kBf16 kF32) and those of sm90_grouped.cuh
+#include "sm90_grouped.cuh"
+
+using namespace cumoe;
+
+constexpr int kGatherThreads = 3 * kWarpSize;
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+constexpr bool kFp8 = TYPE == kE4m3Tensor, kFp8Rows = kFp8 && ACTIVATED,
+               kWeighted = WEIGHTS_TYPE != kNoType;
+constexpr int kRowElemBytes = kFp8Rows ? 1 : 2;
+
+static_assert(BLOCK_N % 8 == 0 && BLOCK_N >= 8 && BLOCK_N <= 192, "n of the wgmma, in registers");
+static_assert(TYPE == kBf16 || TYPE == kE4m3Tensor, "operands without scales of blocks");
+static_assert(!kWeighted || (kFp8Rows && GATHER), "a token's weight comes before the activation");
+
+/// What the sums of an expert are multiplied by: of each part, gate and up with GATED.
+__device__ __forceinline__ float2 scale_of_parts(const Params& p, int expert) {
+  const float a = p.a_scale[expert * p.a_scale_row_stride];
+  const float* w = p.w_scale + expert * p.w_scale_rows;
+  return make_float2(a * w[p.first_scale_row], a * w[p.second_scale_row]);
+}
+
+/// The weights of a tile's tokens, 32 at a time, one on each lane.
+struct TokenWeights {
+  static constexpr int kCount = kWeighted ? ceil_div(BLOCK_N, kWarpSize) : 1;
+  float of_lane[kCount];
+
+  __device__ __forceinline__ TokenWeights(const Params& p, const Tile& tile, int lane) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      of_lane[i] = 1.0f;
+      const int row = i * kWarpSize + lane;
+      if (kWeighted && row < tile.rows && tile.expert < p.num_weighted) {
+        const int64_t token = p.token_idx[tile.row0 + row];
+        of_lane[i] = load_element<WEIGHTS_TYPE>(p.token_weights, token * p.token_weights_columns);
+      }
+    }
+  }
+  /// That of token `first + lane`, of the tile; `first` is a multiple of 32.
+  __device__ __forceinline__ float of(int first, int lane) const {
+    return kWeighted ? __shfl_sync(kFullMask, of_lane[first / kWarpSize], lane) : 1.0f;
+  }
+};
+
+/// A warpgroup's activation as e4m3 with the expert's scale, handed over in chunks as store_bf16 does it. Two
+/// columns eight apart, which a thread has, are one 16-bit element of stmatrix (columns_in_order).
+__device__ __forceinline__ void store_e4m3(const Params& p, Shared& smem, const Tile& tile,
+                                           const float (&accum)[2][BLOCK_N / 2],
+                                           Ring<NUM_CHUNKS>& ring, int group, int thread) {
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize % 4;
+  const ActivationValues act = activation_of(p.activation, tile.expert);
+  const float2 scale = scale_of_parts(p, tile.expert);
+  const E4m3Divisor divisor(p.out_scale[tile.expert * p.out_scale_row_stride]);
+  const TokenWeights weights(p, tile, lane);
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int token0 = 0; token0 < BLOCK_N; token0 += kChunkTokens) {
+      if (token0 >= tile.rows) break;
+      uint8_t* chunk = smem.chunks[group][ring.slot];
+      if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);
+      uint32_t r[4] = {};
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const int at = 4 * (token0 / 8 + m);
+        if (at >= BLOCK_N / 2) break;
+        const int from = 8 * m + 2 * (lane % 4);
+        const float weight[2] = {weights.of(token0, from), weights.of(token0, from + 1)};
+        float y[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float x = accum[part][at + i] * (part == 0 ? scale.x : scale.y) * weight[i % 2];
+          y[i] = activate(x, GATED ? accum[1][at + i] * scale.y * weight[i % 2] : x, act);
+        }
+        divisor.divide(y);
+        r[m] = e4m3x2_from_f32(y[0], y[2]) | e4m3x2_from_f32(y[1], y[3]) << 16;
+      }
+      ptx::stmatrix_x4_trans(ptx::smem_address(chunk + chunk_offset(lane, warp)), r[0], r[1], r[2],
+                             r[3]);
+      if constexpr (kWriters) {
+        arrive_warp(smem.staged[group][ring.slot], lane);
+      } else {
+        ptx::named_barrier_sync(2 + group, 128);
+        copy_chunk<kRowElemBytes>(p, tile, chunk, token0, first_column(tile, part, group),
+                                  thread % 128, 128);
+        ptx::named_barrier_sync(2 + group, 128);
+      }
+      ring.advance();
+    }
+  }
+}
+
+/// Warpgroups 1 and 2: products and epilogue.
+__device__ __forceinline__ void consume(const Params& p, Shared& smem, const Work& work,
+                                        int thread) {
+  const int lane = thread % kWarpSize, group = __shfl_sync(kFullMask, thread / 128, 0);
+  // Parts: the same rows of gate and up with GATED, else all rows of one half.
+  const int group_bytes = GATED ? kHalfBytes / 2 : kHalfBytes;
+  const int part_bytes = GATED ? kHalfBytes : kHalfBytes / 2;
+  Stages in(smem, lane);
+  Ring<NUM_CHUNKS> chunks;
+  for (int item = work.first; item < work.count; item += work.stride) {
+    float accum[2][BLOCK_N / 2] = {};
+    int previous = 0;
+    for (int step = 0; step < work.steps; ++step) {
+      in.wait();
+      if constexpr (GATHER) ptx::fence_proxy_async();
+      const uint32_t weights = in.stage() + group * group_bytes;
+      const uint32_t tokens = wgmma::descriptor(in.stage() + 2 * kHalfBytes);
+      wgmma::fence();
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const uint32_t rows = wgmma::descriptor(weights + part * part_bytes);
+        if constexpr (kFp8) {
+          wgmma::mma_e4m3<BLOCK_N>(accum[part], rows, tokens, true);
+        } else {
+          wgmma::mma_bf16<BLOCK_N>(accum[part], rows, tokens, true);
+        }
+      }
+      wgmma::commit();
+      wgmma::wait<1>();
+      if (step > 0) in.release(previous, lane);
+      previous = in.ring.slot;
+      in.ring.advance();
+    }
+    const Tile tile(smem.tiles[previous]);
+    wgmma::wait<0>();
+    in.release(previous, lane);
+    if constexpr (kFp8Rows) {
+      store_e4m3(p, smem, tile, accum, chunks, group, thread);
+    } else {
+      if constexpr (kFp8) {
+        const float2 scale = scale_of_parts(p, tile.expert);
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 2; ++i) accum[0][i] *= scale.x, accum[1][i] *= scale.y;
+      }
+      store_bf16(p, smem, tile, accum, chunks, group, thread);
+    }
+  }
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
+    __launch_bounds__(128 + kConsumerThreads, 1)
+        sm90_grouped_gemm(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) uint8_t smem_bytes[];
+  Shared& smem = *reinterpret_cast<Shared*>(smem_bytes);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  if (threadIdx.x == 0) {
+    if constexpr (!GATHER) ptx::prefetch_tensor_map(&p.a_map);
+    ptx::prefetch_tensor_map(&p.w_map);
+    smem.init(GATHER ? kGatherThreads : 0);
+  }
+  // The blocks of a cluster write to each other's barriers and shared memory: all must be there.
+  CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();
+  ptx::griddepcontrol_wait();
+  const Work work(p, ceil_div(p.k_bytes, 128));
+  if (warp < 4) {
+    ptx::setmaxnreg_dec<kProducerRegisters>();
+    if (warp == 0) {
+      if (lane == 0) load_by_tma(p, smem, work);
+    } else if constexpr (GATHER) {
+      gather_tokens<kGatherThreads>(p, smem, smem.full, work, threadIdx.x - kWarpSize);
+    } else {
+      if (warp < 3) write_rows<kRowElemBytes>(p, smem, work, warp - 1, lane);
+    }
+  } else {
+    ptx::setmaxnreg_inc<kConsumerRegisters>();
+    consume(p, smem, work, threadIdx.x - 128);
+  }
+  if constexpr (CLUSTER > 1) ptx::cluster_sync();
+}

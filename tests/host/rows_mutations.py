@@ -1,0 +1,79 @@
+"""Mutations of ``sm90_fp8_rows_grouped_gemm``: of what it does not share with the other GEMMs."""
+
+from __future__ import annotations
+
+from tests.host.mutations import Mutation
+
+ROWS = "sm90_fp8_rows_grouped_gemm.cu"
+DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
+MEETS = "ptx::named_barrier_sync(1 + group, 128);"
+
+ROWS_MUTATIONS = {
+    f"rows: {name}": mutation
+    for name, mutation in {
+        "wait for empty, scales": Mutation(
+            ROWS, "ring.wait(smem.empty, ring.phase ^ 1);", "", case=DEEP
+        ),
+        "wait for gathered": Mutation(
+            ROWS, "ring.wait(smem.landed, ring.phase);", "", case="gated"
+        ),
+        "wait for full": Mutation(
+            ROWS, "in.wait();\n      const int slot", "const int slot", case=DEEP
+        ),
+        "wait for the product": Mutation(
+            ROWS, "wgmma::wait<0>();", "wgmma::wait<1>();", case="plain"
+        ),
+        "fence": Mutation(ROWS, "wgmma::fence();", "", case="plain"),
+        "commit": Mutation(ROWS, "wgmma::commit();", "", case="plain"),
+        "release before the product": Mutation(
+            ROWS, "if (part == 1) in.release", "if (part == 0) in.release", case=DEEP
+        ),
+        "release where there is nothing": Mutation(
+            ROWS, "in.release(in.ring.slot, lane);", "", case=DEEP
+        ),
+        "tokens of a consumer": Mutation(
+            ROWS, "+ group * (kTokens * 128)", "+ group * (kTokens * 64)", case="shares"
+        ),
+        "half of the weights": Mutation(ROWS, "part * kHalfBytes", "0", case="plain"),
+        "scale of the second token": Mutation(
+            ROWS, "smem.scale[slot][row + 8]", "smem.scale[slot][row]", case="plain"
+        ),
+        "scales of two tokens": Mutation(
+            ROWS, "i % 4 < 2 ? first : second", "i % 2 < 1 ? first : second", case="plain"
+        ),
+        "scale of the weights": Mutation(
+            ROWS, "part == 0 ? weight.x", "part == 1 ? weight.x", case="gated"
+        ),
+        "scale rows of the tile": Mutation(
+            ROWS, "tile.column_tile * (GATED ? 1 : 2)", "tile.column_tile", case="plain"
+        ),
+        "scales loaded ahead": Mutation(
+            ROWS, "load(kAhead, step + kAhead)", "load(kAhead, step + 1)", case="gated"
+        ),
+        "largest of four lanes": Mutation(
+            ROWS, "amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, 2));", "", case="gated"
+        ),
+        "scale past the last token": Mutation(
+            ROWS, "&& token < rows &&", "&&", case="shares, gated"
+        ),
+        "scale past the last column": Mutation(
+            ROWS, "token < rows && block * 128 < p.n", "token < rows", case="activated"
+        ),
+        "after the staging": Mutation(ROWS, MEETS, "", case="gated"),
+        "before the next staging": Mutation(ROWS, MEETS, "", case="activated", nth=1),
+        "columns, fp8": Mutation(ROWS, "if (column < p.n) {", "{", case="gated"),
+        "staged": Mutation(
+            ROWS, "ring.wait(smem.staged[group], ring.phase);", "", case="plain"
+        ),
+        "drained": Mutation(
+            ROWS, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
+            case=DEEP,
+        ),
+        "writer without rows": Mutation(
+            ROWS, "if (tile.rows <= group * kTokens) continue;", "", case="shares"
+        ),
+        "whole blocks": Mutation(
+            ROWS, "#define WHOLE_BLOCKS 1", "#define WHOLE_BLOCKS 0", case="shares"
+        ),
+    }.items()
+}  # fmt: skip
