@@ -68,7 +68,7 @@ stamp = $(if $(VENV),$(VENV)/.stamp-$(or $(call with_extras,$(1)),base))
 base_env := $(call stamp,$(cuda))
 test_env := $(call stamp,$(test_cuda) test)
 bench_env := $(call stamp,$(test_cuda) bench)
-mpi_env := $(call stamp,$(test_cuda) test mpi)
+mpi_env := $(call stamp,$(test_cuda) test mpi nccl-$(test_cuda))
 
 .PHONY: help demo test test-gpu test-multigpu bench lint format clean distclean
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,6 +32,16 @@ TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3, "uint8":
 NO_TYPE = -1
 
 SCALE_BLOCK = 128
+
+
+class Runnable(Protocol):
+    """What a stream runs: a launch, or what stands in a list of them without being a kernel."""
+
+    def prepare(self, device: Device) -> Any:
+        """Do ahead what needs no stream, if that has not been done; the device is current."""
+
+    def run(self, device: Device, stream_ptr: int) -> None:
+        """Queue it on a stream of the device, which is current."""
 
 
 @dataclass
@@ -90,7 +100,7 @@ def _fill(params: np.ndarray, fields: dict[str, Any]) -> None:
             params[name] = value
 
 
-def run(launches: Iterable[Launch], like: Array) -> None:
+def run(launches: Iterable[Runnable], like: Array) -> None:
     """Queue the launches on CuPy's current stream of the device that holds `like`."""
     import cupy
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
+import os
 import threading
 
+import ml_dtypes
 import numpy as np
 
-from cumoe.comm import run_ranks
+from cumoe.comm import ThreadGroup, run_ranks
 from cumoe.comm.layout import SENTINEL
 
 rank_here = threading.local()
@@ -119,9 +122,15 @@ class Machine:
         self.mapped: dict[int, int] = {}
         self.log: list[tuple[int, str]] = []
         self.fail: dict[tuple[int, str], Exception] = {}
+        self.stuck: dict[tuple[int, str], threading.Event] = {}
+        self.joined: dict[bytes, list] = {}
 
     def memory(self):
         return FakeMemory(self)
+
+    def nccl(self):
+        """What ``cupy.cuda.nccl`` is, the ranks being threads."""
+        return FakeNccl(self)
 
     def events(self, rank):
         return [event for who, event in self.log if who == rank]
@@ -146,9 +155,12 @@ class FakeMemory:
     def device(self):
         return rank_here.rank
 
+    @contextlib.contextmanager
     def use(self, device):
-        assert device == rank_here.rank
-        return contextlib.nullcontext()
+        """In this thread or in one that belongs to the rank."""
+        assert getattr(rank_here, "rank", device) == device
+        rank_here.rank = device
+        yield
 
     def allocate(self, num_bytes):
         with self._machine.lock:
@@ -165,6 +177,9 @@ class FakeMemory:
 
     def zeros(self, count):
         return np.zeros(count, np.int32)
+
+    def stream(self):
+        return 0
 
     def synchronize(self):
         with self._machine.lock:
@@ -199,6 +214,82 @@ class FakeMemory:
             self._note("free")
             assert address not in self._machine.mapped.values(), "freed while mapped"
             del self._machine.blocks[address]
+
+
+class FakeNccl:
+    """``cupy.cuda.nccl`` on a Machine."""
+
+    available = True
+    NCCL_SUM, NCCL_FLOAT16, NCCL_FLOAT32, NCCL_BFLOAT16 = 0, 6, 7, 9
+
+    def __init__(self, machine):
+        self._machine = machine
+
+    def get_unique_id(self):
+        with self._machine.lock:
+            made = next(self._machine.addresses)
+        return made.to_bytes(8, "little") + b"\xff" * 120
+
+    def NcclCommunicator(self, size, unique_id, rank):  # noqa: N802
+        assert type(unique_id) is bytes and len(unique_id) == 128  # of CuPy 14
+        assert os.environ["NCCL_NVLS_ENABLE"]
+        return FakeCommunicator(self._machine, size, unique_id, rank)
+
+
+class FakeCommunicator:
+    """Adds by ascending rank, each sum rounded; knows who is in, and who has left how."""
+
+    DTYPES = {6: np.float16, 7: np.float32, 9: ml_dtypes.bfloat16}
+
+    def __init__(self, machine, size, unique_id, rank):
+        self._machine, self.rank = machine, rank
+        self._note("join")
+        with machine.lock:
+            groups = machine.joined.setdefault(unique_id, ThreadGroup.make(size, timeout_s=20))
+        self._group = groups[rank]
+        self._group.barrier()
+
+    def _note(self, event):
+        with self._machine.lock:
+            self._machine.log.append((self.rank, event))
+        stuck = self._machine.stuck.get((self.rank, event))
+        if stuck is not None:
+            assert stuck.wait(20)
+        error = self._machine.fail.get((self.rank, event))
+        if error is not None:
+            raise error
+
+    def allReduce(self, send, receive, count, dtype, op, stream):  # noqa: N802
+        self._note("sum")
+        assert op == FakeNccl.NCCL_SUM and type(stream) is int
+        dtype = np.dtype(self.DTYPES[dtype])
+        part, total = (view(address, count, dtype) for address in (send, receive))
+        parts = self._group.allgather(part.copy())
+        assert {p.shape for p in parts} == {part.shape} and {p.dtype for p in parts} == {dtype}
+        total[...] = nccl_sum(parts)
+
+    def destroy(self):
+        self._note("destroy")
+        self._group.barrier()
+
+    def abort(self):
+        self._note("abort")
+        self._group.fail("aborted")
+
+
+def nccl_sum(parts):
+    """A sum as NCCL's may be rounded: after every addition."""
+    total = parts[0].copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        for part in parts[1:]:
+            total = (total.astype(np.float32) + part.astype(np.float32)).astype(total.dtype)
+    return total
+
+
+def view(address, count, dtype):
+    """An array over memory of the host."""
+    data = (ctypes.c_ubyte * (count * dtype.itemsize)).from_address(address)
+    return np.frombuffer(data, np.uint8).view(dtype)
 
 
 def in_threads(*functions):

@@ -56,3 +56,24 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     seed = [request.config.getoption("--rng-seed"), zlib.crc32(request.node.nodeid.encode())]
     print(f"rng: numpy.random.default_rng({seed})")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(params=["mpi", "threads"])
+def ranks(request):
+    """Runs a function as every rank of a group, its GPU current: ``ranks(function)``."""
+    from launched import only_on_rank_0, world
+
+    from cumoe import comm
+
+    if request.param == "threads":
+        only_on_rank_0()
+        return lambda function: comm.run_ranks(2, function, timeout_s=60)
+    mpi = world()
+
+    def run(function):
+        import cupy
+
+        with cupy.cuda.Device(mpi.rank % num_gpus()):
+            return [function(mpi)]
+
+    return run

@@ -6,7 +6,7 @@ makes inputs with NumPy, hands them over with :func:`to_backend`, compares after
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -272,3 +272,16 @@ class Poisoned:
 def precompile(specs: Iterable[KernelSpec]) -> None:
     """Compile kernels for the GPU at hand in parallel, so that tests find them in the cache."""
     warmup(specs, [current_device().arch])
+
+
+def rounding_bound(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum of arrays in float64, and how far one rounded after each addition may be.
+
+    ``n - 1`` additions in any order multiply each array by at most that many factors of
+    ``1 + unit``, the unit roundoff of its dtype; sums in the range of subnormals are exact.
+    """
+    wide = [part.astype(np.float64) for part in parts]
+    unit = float(ml_dtypes.finfo(parts[0].dtype).eps) / 2
+    growth = np.expm1((len(parts) - 1) * np.log1p(unit))
+    # The sum in float64 is off by far less than a thousandth of the bound.
+    return np.sum(wide, axis=0), 1.001 * growth * np.sum(np.abs(wide), axis=0)

@@ -170,7 +170,9 @@ class TestTwin:
         assert residual.tobytes() == want.residual.tobytes()
         assert out.norm.tobytes() == want.norm.tobytes()
 
-    def test_ranks_that_differ(self):
+    def test_ranks_that_differ(self, monkeypatch):
+        monkeypatch.delenv("CUMOE_DEBUG_COMM", raising=False)
+
         def call(group):
             return allreduce(np.zeros((2 + group.rank, 8), BF16), group)
 
@@ -261,6 +263,8 @@ class TestLaunches:
                 max_num_tokens=most,
                 hidden_size=hidden,
                 dtype="bfloat16",
+                kind="ipc",
+                debug=False,
             )
             out = AllReduced(*(np.zeros((num_tokens, hidden), BF16) for _ in range(3)))
             tokens = Tokens(

@@ -216,6 +216,7 @@ class _Workspace(cumoe.comm.Workspace):
     def __init__(self, tokens: int, hidden: int, dtype: str = "bfloat16", closed: bool = False):
         self.group, self.max_num_tokens, self.hidden_size = GROUP, tokens, hidden
         self.dtype, self._closed, self.device = dtype, closed, 0
+        self.debug = False
 
 
 def test_workspace_that_does_not_fit():

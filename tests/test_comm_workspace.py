@@ -15,9 +15,11 @@ from cumoe.comm import (
     SingleGroup,
     Workspace,
     WorkspaceError,
+    nccl,
     workspace,
 )
 from cumoe.comm.layout import SENTINEL, STATE_WORDS, workspace_bytes
+from cumoe.launch import LaunchError
 
 SIZES = (64, 256, "bfloat16")
 EVENTS = ("allocate", "fill", "export", "open", "reach", "synchronize", "close", "free")
@@ -29,6 +31,11 @@ def machine(monkeypatch):
     made = Machine()
     monkeypatch.setattr(workspace, "PeerMemory", made.memory)
     monkeypatch.setattr(workspace, "os", SimpleNamespace(getpid=threading.get_ident))
+
+    def load():
+        raise LaunchError("there is no NCCL")
+
+    monkeypatch.setattr(nccl, "load", load)
     return made
 
 
@@ -153,8 +160,10 @@ class TestErrors:
             assert f"(rank {min(bad_ranks)})" in str(error)
 
     def test_too_many_ranks(self):
-        found = on(17, lambda group: Workspace(group, *SIZES))
+        found = on(17, lambda group: Workspace(group, *SIZES, engine="peer_memory"))
         assert all(type(e) is ValueError and "world_size" in str(e) for e in found)
+        found = on(17, lambda group: Workspace(group, *SIZES))
+        assert all(type(e) is WorkspaceError and "world_size" in str(e) for e in found)
 
     def test_no_group(self):
         with pytest.raises(TypeError, match="group: expected rank, size"):
@@ -177,10 +186,10 @@ class TestErrors:
     def test_a_cuda_call_fails(self, machine, event, failing):
         for rank in failing:
             machine.fail[rank, event] = RuntimeError("cudaErrorMemoryAllocation: out of memory")
-        found = on(3, lambda group: Workspace(group, *SIZES))
+        found = on(3, lambda group: Workspace(group, *SIZES, engine="peer_memory"))
         first = min(failing)
         for error in found:
-            assert type(error) is WorkspaceError
+            assert isinstance(error, WorkspaceError)
             assert f"failed on rank {first}" in str(error)
             assert "RuntimeError: cudaErrorMemoryAllocation" in str(error)
             assert (" and on 2 more" in str(error)) == (len(failing) == 3)

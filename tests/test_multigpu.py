@@ -6,7 +6,6 @@ rank 0 alone those that need no other: threads and ``demo --ranks``. These run w
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import num_gpus
+from launched import LAUNCHERS, only_on_rank_0, world
 
-from cumoe.comm import CheckedGroup, GroupError, Workspace, WorkspaceError, check_same, run_ranks
+from cumoe.comm import CheckedGroup, GroupError, Workspace, WorkspaceError, check_same
 from cumoe.comm.layout import SENTINEL, STATE_WORDS, workspace_bytes
 
 pytestmark = pytest.mark.multigpu
@@ -24,52 +23,6 @@ pytestmark = pytest.mark.multigpu
 REPO = Path(__file__).resolve().parents[1]
 SIZES = (512, 7168)  # 66 MB of two ranks
 CYCLES = 10
-
-
-LAUNCHERS = ("OMPI_", "PMI", "PRTE_")
-"""What the variables begin with by which mpirun tells a process its rank."""
-
-
-@functools.cache
-def launched():
-    """The communicator of mpirun, or None."""
-    if not any(name.startswith(LAUNCHERS) for name in os.environ):
-        return None
-    from mpi4py import MPI
-
-    return MPI.COMM_WORLD
-
-
-def world():
-    """The communicator of mpirun; skips without one of two ranks."""
-    comm = launched()
-    if comm is None or comm.size < 2:
-        pytest.skip("needs mpirun with two or more ranks")
-    return comm
-
-
-def only_on_rank_0():
-    """Skip on the other ranks of mpirun, whose memory a test would see come and go."""
-    comm = launched()
-    if comm is not None and comm.rank:
-        pytest.skip("rank 0 runs what needs no other rank")
-
-
-@pytest.fixture(params=["mpi", "threads"])
-def ranks(request):
-    """Runs a function as every rank of a group, its GPU current: ``ranks(function)``."""
-    if request.param == "threads":
-        only_on_rank_0()
-        return lambda function: run_ranks(2, function, timeout_s=60)
-    comm = world()
-
-    def run(function):
-        import cupy
-
-        with cupy.cuda.Device(comm.rank % num_gpus()):
-            return [function(comm)]
-
-    return run
 
 
 def words(workspace, rank):

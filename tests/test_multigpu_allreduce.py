@@ -25,7 +25,6 @@ from cumoe.comm import (
 )
 from tests import rank_layers
 from tests.helpers import BF16, F16, F32, assert_same_bits, to_backend, to_host
-from tests.test_multigpu import ranks  # noqa: F401
 
 HIDDEN = 7168
 FORMATS = {
@@ -142,7 +141,7 @@ def test_one_rank(dtype, hidden):
 @pytest.mark.multigpu
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize(("dtype", "hidden"), SIZES)
-def test_every_op(ranks, monkeypatch, dtype, hidden, low):  # noqa: F811
+def test_every_op(ranks, monkeypatch, dtype, hidden, low):
     """One shot at every size, and two shots above a low threshold."""
     for size in range(2, 17):
         monkeypatch.setitem(layout.ONE_SHOT_BYTES, size, LOW if low else 1 << 30)
@@ -150,7 +149,7 @@ def test_every_op(ranks, monkeypatch, dtype, hidden, low):  # noqa: F811
 
 
 @pytest.mark.multigpu
-def test_tokens_grow_and_shrink(ranks, monkeypatch):  # noqa: F811
+def test_tokens_grow_and_shrink(ranks, monkeypatch):
     """Calls of both protocols without a host synchronisation between them."""
     for size in range(2, 17):
         monkeypatch.setitem(layout.ONE_SHOT_BYTES, size, 16 * HIDDEN * 2)
@@ -177,7 +176,7 @@ def replay(group: Any, graph: Any, stream: Any) -> None:
 
 
 @pytest.mark.multigpu
-def test_replay_of_a_graph(ranks):  # noqa: F811
+def test_replay_of_a_graph(ranks):
     """Three calls in a graph, replayed with other data in place; no multiple of the buffers."""
     import cupy
 
@@ -210,7 +209,7 @@ def test_replay_of_a_graph(ranks):  # noqa: F811
 @pytest.mark.multigpu
 @pytest.mark.parametrize("split", rank_layers.SPLITS)
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_block"])
-def test_a_layer(ranks, recipe, split):  # noqa: F811
+def test_a_layer(ranks, recipe, split):
     random = rank_layers.drawn(recipe)
     tokens = (rank_layers.MAX_TOKENS, 0, 1, 7, 64)
 
@@ -223,7 +222,7 @@ def test_a_layer(ranks, recipe, split):  # noqa: F811
 
 
 @pytest.mark.multigpu
-def test_a_layer_in_a_graph(ranks):  # noqa: F811
+def test_a_layer_in_a_graph(ranks):
     """Two layers of one workspace, captured together."""
     import cupy
 

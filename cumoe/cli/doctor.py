@@ -178,7 +178,9 @@ def _nccl() -> str | None:
     """Return the version of the NCCL that CuPy loads."""
     if not launch.is_available():
         return None
-    version = int(require("cupy.cuda.nccl").get_version())
+    from cumoe.comm.nccl import load
+
+    version = int(load().get_version())
     return f"{version // 10000}.{version % 10000 // 100}.{version % 100}"
 
 

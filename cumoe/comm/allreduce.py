@@ -1,8 +1,8 @@
-"""All-reduces over peer memory, with what comes before the sum of the ranks and what follows it.
+"""All-reduces over peer memory or NCCL, with what comes before the sum of the ranks and follows it.
 
-On device arrays one kernel does all of an op; on NumPy arrays the twin does it, over any group. All
-ranks make the same calls in the same order, with the same shapes and dtypes; every rank gets the
-same bits.
+On device arrays one kernel does all of an op, or one on either side of NCCL's sum; on NumPy arrays
+the twin does it, over any group. All ranks make the same calls in the same order, with the same
+shapes and dtypes; every rank gets the same bits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import numpy as np
 
 from cumoe import kernels
 from cumoe.arrays import as_native, dtype_name, is_device, same_place
+from cumoe.comm.debug import Comparison, compare_calls, describe, is_asked_for
 from cumoe.comm.epilogue import Epilogue, check_epilogue, output_arrays, select_outputs
+from cumoe.comm.group import DEFAULT_TIMEOUT_S
 from cumoe.comm.layout import block_layout
+from cumoe.comm.nccl import plan_sum
 from cumoe.comm.workspace import Workspace
 from cumoe.config import Array, Quantized, check_finite
 from cumoe.finalize import MAX_COLUMNS
@@ -98,7 +101,10 @@ def finalize_allreduce(
     ------
     TypeError, ValueError
         If an argument has the wrong type, dtype, shape, strides or place, no output is asked for,
-        one is that the epilogue does not compute, or the workspace is closed or too small.
+        one is that the epilogue does not compute, or the workspace is closed or too small. In debug
+        mode (:class:`Workspace`) also if ranks call differently.
+    GroupError
+        In debug mode, if a rank does not come.
 
     Notes
     -----
@@ -107,6 +113,11 @@ def finalize_allreduce(
     the sum, or the sum plus the residual. The norm is of rounded values and rounded, quantisation
     of the rounded norm. The sign of zeros is lost. Ranks get the same bits, on every run, whatever
     the number of tokens. No host synchronisation; queued on the current stream; can be captured.
+
+    With NCCL (``workspace.kind``) the parts are the same, and the sum is NCCL's: in an order of its
+    own, rounded after each addition, so up to ``size - 1`` times, and once more with the residual.
+    Order and bits may depend on the number of tokens; the sign of a zero sum is not defined. What
+    follows is of that sum as above. Ranks get the same bits as NCCL gives them the same sum.
 
     References
     ----------
@@ -238,7 +249,8 @@ def allreduce(
 
     Notes
     -----
-    The sum is float32, by ascending rank, and rounded once. As :func:`finalize_allreduce`.
+    The sum is float32, by ascending rank, and rounded once; NCCL's is as it is said for
+    :func:`finalize_allreduce`, as is all else.
     """
     x = as_native(x, "x", FLOATS, ndim=2)
     return _prepare(Tokens("plain", x), {"x": x}, None, workspace, epilogue, outputs, out).run()
@@ -253,10 +265,8 @@ class AllReduce:
     workspace: Any
     out: AllReduced | None
 
-    def launches(self) -> list[kernels.Launch]:
-        """Return what a device runs; nothing without tokens."""
-        if not self.tokens.num_tokens:
-            return []
+    def launches(self) -> list[kernels.Runnable]:
+        """Return what a device runs; see :func:`plan_launches`."""
         device = get_device(int(self.tokens.rows.device.id))
         return plan_launches(self.tokens, self.native, self.workspace, device)
 
@@ -269,6 +279,9 @@ class AllReduce:
         else:
             made = isinstance(self.workspace, Workspace)
             group = self.workspace.group if made else self.workspace
+            if self.workspace.debug if made else is_asked_for():
+                timeout_s = getattr(self.workspace, "timeout_s", DEFAULT_TIMEOUT_S)
+                compare_calls(group, describe(self.tokens, _names(self.native)), timeout_s)
             _run_twin(self.tokens, self.native, group)
         return self.native if self.out is None else self.out
 
@@ -342,15 +355,20 @@ def _check_workspace(workspace: Any, rows: Array, shape: tuple[int, int]) -> Non
         )
 
 
+def _names(native: AllReduced) -> tuple[str, ...]:
+    """Return the outputs that are written."""
+    return tuple(name for name, value in native._asdict().items() if value is not None)
+
+
 def plan_launches(
     tokens: Tokens, native: AllReduced, workspace: Workspace, device: Device
-) -> list[kernels.Launch]:
-    """Return the launches of a rank, one-shot where the rows of all tokens fit a slot.
+) -> list[kernels.Runnable]:
+    """Return what a rank runs, one-shot where the rows of all tokens fit a slot.
 
     Parameters
     ----------
     tokens : Tokens
-        Of checked arrays, without outputs; at least one token.
+        Of checked arrays, without outputs.
     native : AllReduced
         Outputs.
     workspace : Workspace
@@ -359,9 +377,31 @@ def plan_launches(
 
     Returns
     -------
-    list of Launch
-        One, or two where sum and residual are asked for and more goes over the wire than one-shot.
+    list of Runnable
+        One launch, or two where sum and residual are asked for and more goes over the wire than
+        one-shot; none without tokens. With NCCL see :func:`cumoe.comm.nccl.plan_sum`. In debug mode
+        a comparison comes first, also without tokens.
     """
+    first: list[kernels.Runnable] = []
+    if workspace.debug:
+        call = describe(tokens, _names(native))
+        first.append(Comparison(workspace.group, call, workspace.timeout_s))
+    if not tokens.num_tokens:
+        return first
+    max_cluster = 8 if device.compute_capability >= (9, 0) else 1
+    config = select_config(tokens.num_tokens, tokens.hidden_size, device.num_sms, max_cluster)
+    quantized = native.quantized
+    full = replace(
+        tokens,
+        sum_out=native.sum,
+        result_out=native.residual,
+        norm_out=native.norm,
+        quant_out=None if quantized is None else quantized.values,
+        scale_out=None if tokens.quantize == "fp8_tensor" else getattr(quantized, "scale", None),
+    )
+    if workspace.kind == "nccl":
+        sums = plan_sum(tokens, full, workspace.communicator, workspace.scratch, config)
+        return first + sums
     at = block_layout(
         int(workspace.group.size), workspace.max_num_tokens, workspace.hidden_size, workspace.dtype
     )
@@ -375,17 +415,6 @@ def plan_launches(
         at.results_offset,
     )
     two_shot = len(memory.buffers) > 1 and tokens.num_bytes > at.slot_bytes
-    max_cluster = 8 if device.compute_capability >= (9, 0) else 1
-    config = select_config(tokens.num_tokens, tokens.hidden_size, device.num_sms, max_cluster)
-    quantized = native.quantized
-    full = replace(
-        tokens,
-        sum_out=native.sum,
-        result_out=native.residual,
-        norm_out=native.norm,
-        quant_out=None if quantized is None else quantized.values,
-        scale_out=None if tokens.quantize == "fp8_tensor" else getattr(quantized, "scale", None),
-    )
     calls = [full]
     if tokens.residual is None:
         calls = [replace(full, result_out=native.sum, sum_out=None)]
@@ -393,7 +422,7 @@ def plan_launches(
         # NOTE: one result goes over the wire in two steps; the sum before the residual is another.
         alone = replace(tokens, residual=None, norm_weight=None, quantize=None, group_size=0)
         calls = [replace(alone, result_out=native.sum), replace(full, sum_out=None)]
-    return [launch_allreduce(call, memory, config, two_shot=two_shot) for call in calls]
+    return first + [launch_allreduce(c, memory, config, two_shot=two_shot) for c in calls]
 
 
 def _run_twin(tokens: Tokens, native: AllReduced, group: Any) -> None:
