@@ -391,7 +391,7 @@ class TestCalibrate:
         layer = random_layer(rng, SIMPLE, "bf16")
         topk = TopK(np.zeros((13, 2), np.int32), np.ones((13, 2), np.float32))
         good: dict[str, Any] = {"x": layer.x, "topk": topk, "weights": layer.weights}
-        cumoe.calibrate(**good)
+        scales = cumoe.calibrate(**good)
         nan = np.full_like(layer.x, np.nan)
         for message, changes in [
             ("weights: expected recipe 'bf16', got 'fp8_block'",
@@ -406,5 +406,6 @@ class TestCalibrate:
         ]:  # fmt: skip
             with pytest.raises(ValueError, match=f"^{message}"):
                 cumoe.calibrate(**{**good, **changes})
-        with pytest.raises(TypeError, match="^x: expected dtype bfloat16, got float32"):
-            cumoe.calibrate(**{**good, "x": layer.x.astype(np.float32)})
+        assert cumoe.calibrate(**{**good, "x": layer.x.astype(np.float32)}) == scales
+        with pytest.raises(TypeError, match="^x: expected dtype bfloat16 or .*, got float64"):
+            cumoe.calibrate(**{**good, "x": layer.x.astype(np.float64)})
