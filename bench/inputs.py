@@ -163,13 +163,17 @@ def random_bf16(xp: Any, shape: tuple[int, ...], *key: int, deviation: float = 1
     return _draw(xp, table, shape, *key).view(values.dtype)
 
 
+STATIC_SCALES = {"x_scale": 6 / 448, "act_scale": 64 / 448}
+"""Of recipe fp8_tensor: six standard deviations of a token, and what few activations exceed."""
+
+
 def make_weights(shape: ModelShape, recipe: Recipe, xp: Any, *, seed: int) -> ExpertWeights:
     """Draw the weights of a layer, shared experts included, in order ``"gate_up"``.
 
     Parameters
     ----------
     shape : ModelShape
-    recipe : {"bf16", "fp8_block"}
+    recipe : {"bf16", "fp8_block", "fp8_tensor"}
     xp : module
         ``numpy`` or ``cupy``.
     seed : int
@@ -178,13 +182,14 @@ def make_weights(shape: ModelShape, recipe: Recipe, xp: Any, *, seed: int) -> Ex
     -------
     ExpertWeights
         Normal values; standard deviation ``GATE_UP_GAIN / sqrt(hidden_size)`` for w13 and
-        ``1 / sqrt(intermediate_size)`` for w2. Block scales vary by a quarter either way.
+        ``1 / sqrt(intermediate_size)`` for w2. Scales vary by a quarter either way; static ones
+        are :data:`STATIC_SCALES`.
     """
-    if recipe not in ("bf16", "fp8_block"):
-        raise ValueError(f"recipe: expected 'bf16' or 'fp8_block', got {recipe!r}")
+    if recipe not in ("bf16", "fp8_block", "fp8_tensor"):
+        raise ValueError(f"recipe: expected bf16, fp8_block or fp8_tensor, got {recipe!r}")
     count = shape.num_experts + shape.num_shared_experts
     hidden, size = shape.hidden_size, shape.intermediate_size
-    fp8 = recipe == "fp8_block"
+    fp8 = recipe != "bf16"
     matrices = {
         "w13": ((2 * size, hidden), GATE_UP_GAIN / hidden**0.5),
         "w2": ((hidden, size), size**-0.5),
@@ -196,7 +201,9 @@ def make_weights(shape: ModelShape, recipe: Recipe, xp: Any, *, seed: int) -> Ex
             codes, rms = _fp8_table()
             table = xp.asarray(codes)
             rows = 2 * num_blocks(size) if name == "w13" else num_blocks(hidden)
-            grid = (count, rows, num_blocks(matrix[1]))
+            grid: tuple[int, ...] = (count, rows, num_blocks(matrix[1]))
+            if recipe == "fp8_tensor":
+                grid = (count, 2) if name == "w13" else (count,)
             arrays[f"{name}_scale"] = _draw_scale(xp, grid, deviation / rms, seed, number)
         else:
             values = _normal_quantiles(1 << 16) * np.float32(deviation)
@@ -204,6 +211,7 @@ def make_weights(shape: ModelShape, recipe: Recipe, xp: Any, *, seed: int) -> Ex
         for expert in range(count):
             payload[expert] = _draw(xp, table, matrix, seed, number, expert)
         arrays[name] = payload if fp8 else payload.view(np.dtype(ml_dtypes.bfloat16))
+    arrays |= STATIC_SCALES if recipe == "fp8_tensor" else {}
     return ExpertWeights(**arrays, gate_up_order="gate_up", recipe=recipe)
 
 
@@ -236,7 +244,7 @@ def make_layer(
     """Plan the model's layer."""
     return MoELayer(
         weights,
-        shape.routing(),
+        shape.routing(weights.recipe or "bf16"),
         max_num_tokens=max_num_tokens,
         bias=bias,
         activation=shape.activation,
