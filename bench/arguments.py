@@ -86,6 +86,8 @@ class CaseArguments:
         Numbers of tokens of a dry run, whose model is ``"tiny"``.
     results : Path
         Where figures go unless the arguments say otherwise.
+    more_recipes : tuple
+        What the arguments may ask for beside `recipes`.
     """
 
     module: str
@@ -94,13 +96,15 @@ class CaseArguments:
     tokens: tuple[int, ...]
     dry_tokens: tuple[int, ...]
     results: Path
+    more_recipes: tuple[Recipe, ...] = ()
 
     def parser(self, doc: str | None) -> argparse.ArgumentParser:
         """Return a parser with the shared arguments."""
         parser = make_parser(self.module, doc, self.results)
         add = parser.add_argument
         add("--models", nargs="+", metavar="NAME", help=f"default: {' '.join(self.models)}")
-        add("--recipes", nargs="+", choices=self.recipes, default=self.recipes)
+        recipes = (*self.recipes, *self.more_recipes)
+        add("--recipes", nargs="+", choices=recipes, default=self.recipes)
         add("--tokens", nargs="+", type=_count, metavar="T", help=f"default: {_words(self.tokens)}")
         add("--seed", type=int, default=0)
         add("--backend", choices=("auto", "numpy", "cupy"), default="auto")

@@ -163,6 +163,10 @@ def random_bf16(xp: Any, shape: tuple[int, ...], *key: int, deviation: float = 1
     return _draw(xp, table, shape, *key).view(values.dtype)
 
 
+STATIC_SCALES = {"x_scale": 6 / 448, "act_scale": 64 / 448}
+"""Of recipe fp8_tensor: six standard deviations of a token, and what few activations exceed."""
+
+
 def make_weights(
     shape: ModelShape,
     recipe: Recipe,
@@ -176,7 +180,7 @@ def make_weights(
     Parameters
     ----------
     shape : ModelShape
-    recipe : {"bf16", "fp8_block"}
+    recipe : {"bf16", "fp8_block", "fp8_tensor"}
     xp : module
         ``numpy`` or ``cupy``.
     seed : int
@@ -188,14 +192,15 @@ def make_weights(
     -------
     ExpertWeights
         Normal values; standard deviation ``GATE_UP_GAIN / sqrt(hidden_size)`` for w13 and
-        ``1 / sqrt(intermediate_size)`` for w2. Block scales vary by a quarter either way.
+        ``1 / sqrt(intermediate_size)`` for w2. Scales vary by a quarter either way; static ones
+        are :data:`STATIC_SCALES`.
     """
-    if recipe not in ("bf16", "fp8_block"):
-        raise ValueError(f"recipe: expected 'bf16' or 'fp8_block', got {recipe!r}")
+    if recipe not in ("bf16", "fp8_block", "fp8_tensor"):
+        raise ValueError(f"recipe: expected bf16, fp8_block or fp8_tensor, got {recipe!r}")
     count = shape.num_experts + shape.num_shared_experts
     held = range(count) if experts is None else experts
     hidden, size = shape.hidden_size, shape.intermediate_size
-    fp8 = recipe == "fp8_block"
+    fp8 = recipe != "bf16"
     matrices = {
         "w13": ((2 * size, hidden), GATE_UP_GAIN / hidden**0.5),
         "w2": ((hidden, size), size**-0.5),
@@ -207,7 +212,9 @@ def make_weights(
             codes, rms = _fp8_table()
             table = xp.asarray(codes)
             rows = 2 * num_blocks(size) if name == "w13" else num_blocks(hidden)
-            grid = (count, rows, num_blocks(matrix[1]))
+            grid: tuple[int, ...] = (count, rows, num_blocks(matrix[1]))
+            if recipe == "fp8_tensor":
+                grid = (count, 2) if name == "w13" else (count,)
             scale = _draw_scale(xp, grid, deviation / rms, seed, number)
             arrays[f"{name}_scale"] = scale.take(xp.asarray(np.array(held)), axis=0)
         else:
@@ -216,6 +223,7 @@ def make_weights(
         for i, expert in enumerate(held):
             payload[i] = _draw(xp, table, matrix, seed, number, expert)
         arrays[name] = payload if fp8 else payload.view(np.dtype(ml_dtypes.bfloat16))
+    arrays |= STATIC_SCALES if recipe == "fp8_tensor" else {}
     return ExpertWeights(**arrays, gate_up_order="gate_up", recipe=recipe)
 
 
@@ -248,7 +256,7 @@ def make_layer(
     """Plan the model's layer."""
     return MoELayer(
         weights,
-        shape.routing(),
+        shape.routing(weights.recipe or "bf16"),
         max_num_tokens=max_num_tokens,
         bias=bias,
         activation=shape.activation,

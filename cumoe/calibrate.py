@@ -26,7 +26,7 @@ from cumoe.reference.exact import FP8_MAX
 from cumoe.reference.quantize import MIN_SCALE
 from cumoe.routing import unpack
 from cumoe.tuning import select_tile
-from cumoe.validate import check_topk, check_type
+from cumoe.validate import FLOATS, check_topk, check_type
 from cumoe.weights import ExpertWeights
 
 
@@ -57,11 +57,11 @@ def calibrate(
     """Find the static scales under which sample tokens just fill the range of fp8.
 
     ``x_scale = max|x| / 448`` and ``act_scale = max|act(gate[e] @ x[t], up[e] @ x[t])| / 448`` over
-    all tokens t and their experts e, in bfloat16 and without quantisation in between.
+    all tokens t and their experts e, without quantisation.
 
     Parameters
     ----------
-    x : array, bfloat16, shape (num_tokens, hidden_size), C-contiguous
+    x : array, bfloat16, float16 or float32, shape (num_tokens, hidden_size), C-contiguous
         Tokens like those of real calls. Of several batches take the largest of each scale.
     topk : TopK or PackedTopK
         Their ids and weights, as :func:`routed_moe` takes them.
@@ -82,7 +82,8 @@ def calibrate(
 
     Notes
     -----
-    NaN does not enter a maximum. Waits for the device.
+    NaN does not enter a maximum. Tokens are rounded to bfloat16 for the products, which are
+    float32. Waits for the device.
 
     Examples
     --------
@@ -92,15 +93,15 @@ def calibrate(
     >>> x = np.full((2, 16), 2.0, ml_dtypes.bfloat16)
     >>> topk = TopK(np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32))
     >>> scales = calibrate(x, topk, weights)
-    >>> scales.x_scale * 448, round(scales.act_scale * 448)
-    (2.0, 1024)
+    >>> round(scales.x_scale * 448), round(scales.act_scale * 448)
+    (2, 1024)
     """
     check_type("weights", weights, ExpertWeights, "an ExpertWeights")
     check_type("weights_on_input", weights_on_input, bool, "a bool")
     if weights.recipe != "bf16":
         raise ValueError(f"weights: expected recipe 'bf16', got {weights.recipe!r}")
     shape = (None, weights.hidden_size)
-    x = as_native(x, "x", ("bfloat16",), shape=shape)
+    x = as_native(x, "x", FLOATS, shape=shape)
     num_shared = check_int(
         "num_shared_experts",
         num_shared_experts,
@@ -117,18 +118,17 @@ def calibrate(
         ids, scores = unpack(PackedTopK(ids))
     with on_device_of(x):
         largest_x = _largest(x)
-        num_routed, tokens = weights.num_local_experts - num_shared, x
+        num_routed = weights.num_local_experts - num_shared
         ids = ids.copy()
         ids[ids >= num_routed] = -1
-        if weights_on_input:
-            tokens = x.astype(np.float32) * scores.astype(np.float32)
-            tokens = tokens.astype(DTYPES["bfloat16"])
+        wide = x.astype(np.float32)
+        tokens = wide * scores.astype(np.float32) if weights_on_input else wide
         largest = _largest_activation(tokens, ids, weights, activation)
         if num_shared:
             ids = ids[:, :1].repeat(num_shared, axis=1)
             for j in range(num_shared):
                 ids[:, j] = num_routed + j
-            largest = max(largest, _largest_activation(x, ids, weights, activation))
+            largest = max(largest, _largest_activation(wide, ids, weights, activation))
     return StaticScales(_scale("x", largest_x), _scale("topk", largest))
 
 
@@ -142,7 +142,7 @@ def _largest_activation(
     tile = select_tile(ids.size, count, "bfloat16")
     permutation = group(ids, num_experts=count, tile=tile)
     rows: Array = grouped_gemm(
-        x,
+        x.astype(DTYPES["bfloat16"]),
         weights.w13,
         permutation,
         gate_up_order=weights.gate_up_order if weights.gated else None,

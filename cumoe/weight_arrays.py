@@ -19,7 +19,7 @@ from cumoe.checkpoint import (
     scale_blocks,
 )
 from cumoe.config import Array, check_finite, check_int
-from cumoe.layouts import block_elems, check_weight, rearrange, slice_k
+from cumoe.layouts import block_elems, check_weight, on_device_of, rearrange, slice_k
 
 if TYPE_CHECKING:
     from cumoe.weights import ExpertWeights
@@ -61,7 +61,8 @@ def native_scales(weights: ExpertWeights) -> dict[str, Array]:
     w13_scale = as_native(weights.w13_scale, "w13_scale", ("float32",))
     if w13_scale.ndim == 1:  # one for both halves
         check_shape("w13_scale", w13_scale, (count,))
-        w13_scale = w13_scale[:, None].repeat(sides, axis=1)
+        with on_device_of(w13_scale):
+            w13_scale = w13_scale[:, None].repeat(sides, axis=1)
     check_shape("w13_scale", w13_scale, (count, sides))
     w2_scale = as_native(weights.w2_scale, "w2_scale", ("float32",), shape=(count,))
     return {
@@ -78,12 +79,14 @@ def static_scale(name: str, scale: Any, count: int, like: Array) -> Array:
         value = check_finite(name, scale)
         if value <= 0:
             raise ValueError(f"{name}: expected a positive number, got {value}")
-        array = empty(like, (count,), "float32")
-        array.fill(value)
+        with on_device_of(like):
+            array = empty(like, (count,), "float32")
+            array.fill(value)
         return array
     array = as_native(scale, name, ("float32",))
     if array.size == 1 and (count != 1 or array.ndim == 0):
-        array = array.reshape(1).repeat(count)
+        with on_device_of(array):
+            array = array.reshape(1).repeat(count)
     check_shape(name, array, (count,))
     return array
 

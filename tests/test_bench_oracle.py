@@ -31,10 +31,14 @@ from cumoe.reference import activation as reference_activation
 from cumoe.reference import exact
 from cumoe.reference import quantize as reference_quantize
 
-RECIPES = ("bf16", "fp8_block")
+RECIPES = ("bf16", "fp8_block", "fp8_tensor")
 LIMITED = replace(
     TINY, name="limited", method="renormalize", num_groups=1, has_bias=False, scaling_factor=1.0,
     activation=Activation(alpha=1.702, beta=1.0, limit=3.0),
+)  # fmt: skip
+ON_INPUT = replace(
+    TINY, name="on input", method="llama4", top_k=1, num_groups=1, top_groups=1, has_bias=False,
+    scaling_factor=1.0, weights_on_input=True,
 )  # fmt: skip
 
 
@@ -43,8 +47,12 @@ def run_case(shape, recipe, num_tokens, xp=np, rounded=(True,)):
     bias = make_bias(shape, xp, seed=3)
     layer = make_layer(shape, weights, bias, num_tokens)
     x, logits = make_call(shape, num_tokens, xp, seed=3)
-    topk = cumoe.route(logits, shape.routing(), bias=bias)
-    answers = run_oracle(xp, x, topk, weights, shape.activation, rounded=rounded)
+    routing = shape.routing(recipe)
+    topk = cumoe.route(logits, routing, bias=bias)
+    on_input = routing.weights_on_input
+    answers = run_oracle(
+        xp, x, topk, weights, shape.activation, rounded=rounded, weights_on_input=on_input
+    )
     return layer, x, logits, topk, answers
 
 
@@ -192,7 +200,7 @@ class TestOracleParts:
 
 
 class TestOracle:
-    @pytest.mark.parametrize("shape", [TINY, LIMITED], ids=lambda s: s.name)
+    @pytest.mark.parametrize("shape", [TINY, LIMITED, ON_INPUT], ids=lambda s: s.name)
     @pytest.mark.parametrize("recipe", RECIPES)
     def test_agrees_with_the_layer(self, shape, recipe):
         layer, x, logits, topk, (answer,) = run_case(shape, recipe, 100)
@@ -217,7 +225,7 @@ class TestOracle:
     def test_rounding_is_seen(self, recipe):
         *_, (rounded, plain) = run_case(TINY, recipe, 64, rounded=(True, False))
         error = block_errors(np, rounded.out, plain.out)[0, 1]
-        assert {"bf16": 1e-3, "fp8_block": 1e-2}[recipe] < error < 0.1
+        assert (1e-3 if recipe == "bf16" else 1e-2) < error < 0.1
 
     @pytest.mark.parametrize("recipe", RECIPES)
     def test_a_sample_of_tokens_gives_the_same(self, recipe):

@@ -17,9 +17,10 @@ from cumoe import (
     Quantized,
     Routing,
     TopK,
+    tuning,
 )
 from cumoe.arrays import is_device
-from cumoe.launch import get_device
+from cumoe.launch import current_device, get_device
 from cumoe.tuning import SM90_ARCH
 from tests.brute_force import quantize_static, random_layer, round_e4m3, swiglu
 from tests.helpers import (
@@ -40,6 +41,7 @@ LLAMA4 = Routing("llama4", num_experts=5, top_k=1, weights_on_input=True)
 SHARED = dataclasses.replace(LLAMA4, num_shared_experts=1)
 SIMPLE = Routing("renormalize", num_experts=6, top_k=2)
 TOLERANCE = "layer fp8_tensor"
+TILES = sorted({*tuning.tiles(tuning.FP8_TENSOR), *tuning.sm90_tiles(tuning.FP8_TENSOR)})
 
 
 def run(layer, backend, **options):
@@ -157,6 +159,20 @@ class TestWeightsOnInput:
         parts = run_routed(empty, backend, none, finalize=False, **options)
         assert parts.topk_weights is None and parts.rows.shape == (0, 64)
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("portable", [False, True])
+    @pytest.mark.parametrize("num_tokens", [1, 8, 9, 65, 200, 700, 1500])
+    def test_many_tokens(self, rng, num_tokens, portable):
+        """Tiles of every kind, all with weights; on Hopper, of one block and of two."""
+        layer = random_layer(rng, SHARED, "fp8_tensor", num_tokens=num_tokens, hidden_size=144)
+        want = cumoe.moe(layer.x, layer.logits, layer.weights, routing=SHARED)
+        planned = MoELayer(
+            to_backend(layer.weights, "cupy"), SHARED, max_num_tokens=num_tokens, portable=portable
+        )
+        got = planned(*(to_backend(a, "cupy") for a in (layer.x, layer.logits)))
+        got = to_host(got) if portable else got
+        assert_close_blocks(got, want, TOLERANCE, experts=layer.topk()[0][:, 0])
+
     @each_backend
     def test_ids_that_name_no_expert(self, rng, backend):
         layer = random_layer(rng, SHARED, "fp8_tensor")
@@ -267,6 +283,7 @@ class TestGroupedGemm:
     def tolerance(self, name, y):
         """Return the bound for a result, wider where Hopper's tensor cores cut the sums."""
         hopper = is_device(y) and get_device(int(y.device.id)).arch == SM90_ARCH
+        hopper = hopper and name != "float32"  # of the portable kernel
         return cut_sums(name, self.K) if hopper else TOLERANCES[name]
 
     @each_backend
@@ -317,6 +334,46 @@ class TestGroupedGemm:
         read = to_host(out).values[held].astype(np.float64) * scale[0]
         limit = self.tolerance("float8_e4m3fn twin", out.values)
         assert_close_blocks(read, want, limit, experts=experts)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("gated", [True, False])
+    @pytest.mark.parametrize("tile", TILES)
+    def test_every_tile(self, rng, tile, gated):
+        """All configurations there are for a tile height, of both kernels."""
+        order = "up_gate" if gated else None
+        arguments, permutation, host = self.operands(rng, "cupy", order, gated, tile)
+        dtype = tuning.FP8_TENSOR if gated else "bfloat16"
+        problem = tuning.GroupedGemmProblem(tuning.FP8_TENSOR, dtype, gated, gated, tile)
+        device = current_device()
+        configs: list[Any] = []
+        if tile in tuning.tiles(tuning.FP8_TENSOR):
+            configs += tuning.candidates(problem, device.max_smem_bytes)
+        if device.arch == SM90_ARCH and tuning.runs_sm90(problem):
+            first = tuning.select_sm90_config(problem)
+            configs += [first, dataclasses.replace(first, cluster=2)]
+        if not configs:
+            pytest.skip(f"needs an {SM90_ARCH} GPU, found {device.arch}")
+        held, experts, first_side, second_side = self.exact(permutation, host, order, gated)
+        scale = rng.uniform(5e-3, 2e-2, self.E).astype(np.float32)
+        of_row = scale[experts][:, None]
+        shape = (permutation.max_rows, self.N)
+        for config in configs:
+            values = Poisoned(shape, "float8_e4m3fn" if gated else "bfloat16", "cupy")
+            if gated:
+                out: Any = Quantized(values.array, to_backend(scale, "cupy"), block=(None, None))
+                options: dict[str, Any] = {"gate_up_order": order, "out_dtype": "float8_e4m3fn"}
+                want = quantize_static(swiglu(first_side, second_side), of_row)
+            else:
+                out, options, want = values.array, {"gather": False}, first_side
+            cumoe.grouped_gemm(*arguments, **options, out=out, config=config)
+            values.check_guards()
+            got = to_host(values.array)[held]
+            if gated:
+                got = got.view(FP8).astype(np.float64) * of_row
+            name = "float8_e4m3fn twin" if gated else "bfloat16"
+            portable = isinstance(config, tuning.GroupedGemmConfig)
+            limit = TOLERANCES[name] if portable else cut_sums(name, self.K)
+            assert_close_blocks(got, want, limit, experts=experts)
 
     def test_refused(self, rng):
         (a, w, p), _, _ = self.operands(rng, "numpy", "gate_up")
@@ -391,7 +448,7 @@ class TestCalibrate:
         layer = random_layer(rng, SIMPLE, "bf16")
         topk = TopK(np.zeros((13, 2), np.int32), np.ones((13, 2), np.float32))
         good: dict[str, Any] = {"x": layer.x, "topk": topk, "weights": layer.weights}
-        cumoe.calibrate(**good)
+        scales = cumoe.calibrate(**good)
         nan = np.full_like(layer.x, np.nan)
         for message, changes in [
             ("weights: expected recipe 'bf16', got 'fp8_block'",
@@ -406,5 +463,6 @@ class TestCalibrate:
         ]:  # fmt: skip
             with pytest.raises(ValueError, match=f"^{message}"):
                 cumoe.calibrate(**{**good, **changes})
-        with pytest.raises(TypeError, match="^x: expected dtype bfloat16, got float32"):
-            cumoe.calibrate(**{**good, "x": layer.x.astype(np.float32)})
+        assert cumoe.calibrate(**{**good, "x": layer.x.astype(np.float32)}) == scales
+        with pytest.raises(TypeError, match="^x: expected dtype bfloat16 or .*, got float64"):
+            cumoe.calibrate(**{**good, "x": layer.x.astype(np.float64)})

@@ -343,6 +343,11 @@ __device__ __forceinline__ uint4 columns_in_order(uint4 v) {
                     __byte_perm(v.x, v.y, 0x7531), __byte_perm(v.z, v.w, 0x7531));
 }
 
+/// Where piece `piece` of a token's 64 bytes lies: a chunk half full, neighbouring tokens in other banks.
+__device__ __forceinline__ int half_chunk_offset(int token, int piece) {
+  return chunk_offset(token, piece + token % 2 * 4);
+}
+
 /// `threads` threads copy a chunk to its rows: tokens from `token0` of the tile, columns from `column0`.
 /// Columns of one byte fill half a chunk, in the pairs that stmatrix takes.
 template <int ELEM_BYTES = 2>
@@ -356,7 +361,8 @@ __device__ __forceinline__ void copy_chunk(const Params& p, const Tile& tile, co
 #pragma unroll 4
   for (int token = thread / kPieces; token < kChunkTokens; token += threads / kPieces) {
     if (token0 + token >= tile.rows) break;
-    const uint4 v = *reinterpret_cast<const uint4*>(chunk + chunk_offset(token, piece));
+    const int at = ELEM_BYTES == 1 ? half_chunk_offset(token, piece) : chunk_offset(token, piece);
+    const uint4 v = *reinterpret_cast<const uint4*>(chunk + at);
     *reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * p.n * ELEM_BYTES) =
         ELEM_BYTES == 1 ? columns_in_order(v) : v;
   }

@@ -88,8 +88,8 @@ __device__ __forceinline__ void store_e4m3(const Params& p, Shared& smem, const 
         divisor.divide(y);
         r[m] = e4m3x2_from_f32(y[0], y[2]) | e4m3x2_from_f32(y[1], y[3]) << 16;
       }
-      ptx::stmatrix_x4_trans(ptx::smem_address(chunk + chunk_offset(lane, warp)), r[0], r[1], r[2],
-                             r[3]);
+      ptx::stmatrix_x4_trans(ptx::smem_address(chunk + half_chunk_offset(lane, warp)), r[0], r[1],
+                             r[2], r[3]);
       if constexpr (kWriters) {
         arrive_warp(smem.staged[group][ring.slot], lane);
       } else {
