@@ -79,7 +79,7 @@ demo: $(base_env)
 	$(PY) -m cumoe demo $(ARGS)
 
 test: lint
-	$(PY) -m pytest -n auto --maxprocesses $(MAX_JOBS) $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses $(MAX_JOBS) --dist worksteal $(ARGS)
 
 test-gpu: $(test_env)
 	$(PY) -m pytest -m "gpu and not multigpu" $(ARGS)

@@ -44,6 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rng-seed", type=int, default=0, help="changes what the rng fixture draws")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest first, so that the others fill what is left of the workers' time."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     needed = 2 if item.get_closest_marker("multigpu") else int(bool(item.get_closest_marker("gpu")))
     if needed and num_gpus() < needed:

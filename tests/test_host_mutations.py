@@ -64,7 +64,7 @@ MUTATIONS = {
         "activation.cu", "*p.num_held_rows : p.num_rows", "p.num_rows : p.num_rows", case="shard"
     ),
     "activation: last rows": Mutation(
-        "activation.cu", "inside && row0 + r < p.num_rows", "inside"
+        "activation.cu", "inside && row0 + r < p.num_rows", "inside", case="fp8 to fp8, odd tile"
     ),
     "activation: next unit": Mutation(
         "activation.cu", "if (block >= p.num_blocks) block -= p.num_blocks, ++group;", "",
@@ -139,7 +139,8 @@ MUTATIONS = {
         case="fp8 plain",
     ),
     "activation: expert": Mutation(
-        "activation.cu", "p.tile_expert[row0 / p.tile]", "p.tile_expert[row0 / p.tile / 2]"
+        "activation.cu", "p.tile_expert[row0 / p.tile]", "p.tile_expert[row0 / p.tile / 2]",
+        case="interleaved up first",
     ),
     "gemm: expert": Mutation(
         GEMM, "p.tile_expert[row_tile];", "p.tile_expert[row_tile ? row_tile - 1 : 0];"
@@ -448,7 +449,7 @@ MUTATIONS = {
     ),
     "e4m3: scale": Mutation(
         "e4m3.cuh", "__fdiv_rn(amax, kE4m3Max)", "__fmul_rn(amax, 1.0f / kE4m3Max)",
-        "quantize_fp8_block",
+        "quantize_fp8_block", case="extreme",
     ),
     "activation: limit of up": Mutation(
         "activation.cuh", "x < -limit ? -limit : x", "x", "activation"
@@ -460,7 +461,7 @@ MUTATIONS = {
     "finalize: fused": Mutation(
         "finalize.cu",
         "__fadd_rn(sum[c], __fmul_rn(weight[k], x[c]))",
-        "__fmaf_rn(weight[k], x[c], sum[c])",
+        "__fmaf_rn(weight[k], x[c], sum[c])", case="wide",
     ),
 }  # fmt: skip
 

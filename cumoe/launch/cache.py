@@ -120,6 +120,7 @@ class CubinCache:
         self.directory = default_directory() if directory is None else Path(directory).expanduser()
         self._memory: dict[str, CacheEntry] = {}
         self._warned = False
+        self._tidied = False
 
     def get(self, key: CacheKey) -> CacheEntry | None:
         """Return the entry of ``key``, or None. A damaged file is removed and counts as absent."""
@@ -154,7 +155,9 @@ class CubinCache:
         try:
             self._make_directory()
             _write_atomically(self.directory / key.file_name, _encode(entry, key))
-            self._remove_stale()
+            if not self._tidied:  # looks at every file, so once a process
+                self._remove_stale()
+                self._tidied = True
         except OSError as error:
             self._warn(error)
         return entry

@@ -414,14 +414,15 @@ def _compiled(entry: CacheEntry, path: Path | None) -> CompiledKernel:
 
 def _sources(spec: KernelSpec) -> list[tuple[str, str]]:
     """Return (name, text) of the kernel and of every header; refuse includes that escape."""
-    files = [(spec.path.parent, spec.path)]
-    for folder in spec.include_dirs:
+    kernel, folders = spec.path, spec.include_dirs
+    files = [(kernel.parent, kernel)]
+    for folder in folders:
         files += [(folder, header) for header in sorted(folder.rglob("*.cuh"))]
     sources = []
     for folder, path in files:
         text = path.read_text(encoding="utf-8")
         for argument in _INCLUDE.findall(text):
-            _check_include(argument, path, spec.include_dirs)
+            _check_include(argument, path, folders)
         sources.append((path.relative_to(folder).as_posix(), text))
     return sources
 

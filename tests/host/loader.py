@@ -40,7 +40,6 @@ KEEP_SECONDS = 14 * 24 * 3600  # of a library that no run used
 
 _FLAGS = (
     "-std=c++17",
-    "-O1",
     "-g1",
     "-fPIC",
     "-fvisibility=hidden",
@@ -136,10 +135,10 @@ def cache_dir() -> Path:
     if path.stat().st_uid != os.getuid():
         raise PermissionError(f"{path}: expected a folder of this user")
     oldest = time.time() - KEEP_SECONDS
-    for library in path.glob("*.so"):
+    for output in (*path.glob("*.so"), *path.glob("*.gch")):
         with contextlib.suppress(FileNotFoundError):
-            if library.stat().st_mtime < oldest:
-                library.unlink()
+            if output.stat().st_mtime < oldest:
+                output.unlink()
     return path
 
 
@@ -175,15 +174,16 @@ def _host_text() -> str:
 
 
 def _build(key_parts: Iterable[str], name: str, compile_into: Any) -> Path:
-    """Return the library of a key, compiled into a temporary folder and moved if it is missing."""
+    """Return the output of a key, compiled into a temporary folder and moved if it is missing."""
     key = hashlib.sha256("\0".join([_compiler_version(), *key_parts]).encode()).hexdigest()[:24]
-    target = cache_dir() / f"{name}-{key}.so"
+    stem, suffix = os.path.splitext(name)
+    target = cache_dir() / f"{stem}-{key}{suffix}"
     try:
         os.utime(target)
     except FileNotFoundError:
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-            library = compile_into(Path(folder))
-            os.replace(library, target)
+            output = compile_into(Path(folder))
+            os.replace(output, target)
     return target
 
 
@@ -217,7 +217,7 @@ def _engine() -> ctypes.CDLL:
     texts = [f"{file.name}\0{file.read_text()}" for file in files]
     # Not once for each of the processes that start together.
     with FileLock(cache_dir() / "engine.lock"):
-        path = _build([*texts, *flags], "engine", compile_into)
+        path = _build([*texts, *flags], "engine.so", compile_into)
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     library.cumoe_host_run.argtypes = [
         ctypes.POINTER(_Grid),
@@ -229,6 +229,18 @@ def _engine() -> ctypes.CDLL:
         ctypes.c_size_t,
     ]
     return library
+
+
+@functools.cache
+def _precompiled_shim(flags: tuple[str, ...]) -> Path:
+    """Return ``shim.h`` compiled with these flags, which a kernel takes less time to read."""
+
+    def compile_into(folder: Path) -> Path:
+        _run_compiler([*flags, "-x", "c++-header", HERE / "shim.h", "-o", folder / "shim.gch"])
+        return folder / "shim.gch"
+
+    with FileLock(cache_dir() / "shim.lock"):
+        return _build([*flags, _host_text()], "shim.gch", compile_into)
 
 
 _DYNAMIC = re.compile(
@@ -315,9 +327,11 @@ def library_path(
     texts = _sources(source_dir, changed or {})
     used = sorted(_included(texts, f"{spec.name}.cu", set()))
     wrapper = _wrapper(spec, texts[f"{spec.name}.cu"], params)
+    # What runs under four seeds is optimised; for a run or two that takes longer than it saves.
+    level = "-O0" if changed or asan_active() else "-O1"
+    compiled_with = (level, *_FLAGS, *(_ASAN if asan_active() else _UBSAN))
     flags = [
-        *_FLAGS,
-        *(_ASAN if asan_active() else _UBSAN),
+        *compiled_with,
         f"-D__CUDA_ARCH__={arch}",
         "-DCUMOE_HOST",
         *(f"-D{name}={value}" for name, value in spec.defines),
@@ -334,6 +348,9 @@ def library_path(
             else:
                 (folder / name).symlink_to(origin)
         (folder / "wrapper.cpp").write_text(wrapper)
+        (folder / "shim.h").symlink_to(HERE / "shim.h")
+        if "clang" not in _compiler_version():  # GCC takes the one beside the file, if it fits
+            (folder / "shim.h.gch").symlink_to(_precompiled_shim(compiled_with))
         unit, library = folder / "wrapper.o", folder / "kernel.so"
         _run_compiler(
             [
@@ -341,7 +358,7 @@ def library_path(
                 f"-ffile-prefix-map={folder}={source_dir}",
                 f"-I{HERE}",
                 "-include",
-                HERE / "shim.h",
+                folder / "shim.h",
                 "-c",
                 folder / "wrapper.cpp",
             ]
@@ -351,7 +368,7 @@ def library_path(
         return library
 
     key = [wrapper, *flags, _host_text(), *(f"{name}\0{texts[name]}" for name in used)]
-    return _build(key, spec.name, compile_into)
+    return _build(key, f"{spec.name}.so", compile_into)
 
 
 @functools.cache

@@ -154,6 +154,10 @@ def _quantize_tensor(
         x = fill(host, shape, dtype)
         given = None if scale is None else host.arena.array(np.array([scale], np.float32))
         expected = quantize.quantize_fp8_tensor(x, given)
+        if given is None:
+            partials = host.empty((num_partials,), F32)
+            host.run(kernels_quantize.tensor_amax(x, partials))
+            partials[...] = np.roll(partials, -1)
         for count in _rows(x):
             values = host.empty(shape, FP8)
             if given is not None:
@@ -161,9 +165,7 @@ def _quantize_tensor(
                 host.run(launch)
                 assert given[0] == np.float32(scale), "the given scale was written"
             else:
-                got, partials = host.empty((1,), F32), host.empty((num_partials,), F32)
-                host.run(kernels_quantize.tensor_amax(x, partials))
-                partials[...] = np.roll(partials, -1)
+                got = host.empty((1,), F32)
                 launch = kernels_quantize.quantize_fp8_tensor(x, values, got, partials, rows=count)
                 host.run(launch)
                 same_bits("scale", got, expected.scale)

@@ -49,7 +49,7 @@ QUANTIZE_MUTATIONS = {
     ),
     "tensor: large quotients": Mutation(
         "e4m3.cuh", "fminf(fmaxf(a * reciprocal, -0x1p20f), 0x1p20f)", "a * reciprocal",
-        "quantize_fp8_tensor",
+        "quantize_fp8_tensor", case="given",
     ),
     "tensor: quotient": Mutation(
         "e4m3.cuh", "y[i] = __fmaf_rn(-__fmaf_rn(divisor, q, -a), reciprocal, q);", "y[i] = q;",
@@ -57,17 +57,19 @@ QUANTIZE_MUTATIONS = {
     ),
     "tensor: infinite scale": Mutation(
         "e4m3.cuh", "const bool infinite = scale == INFINITY;", "const bool infinite = false;",
-        "quantize_fp8_tensor",
+        "quantize_fp8_tensor", case="wild",
     ),
     "tensor: tiny scale": Mutation(
-        "e4m3.cuh", "scale < 0x1p-80f ? 0x1p64f : ", "", "quantize_fp8_tensor",
+        "e4m3.cuh", "scale < 0x1p-80f ? 0x1p64f : ", "", "quantize_fp8_tensor", case="given, tiny",
     ),
     "tensor: huge scale": Mutation(
         "e4m3.cuh", "scale > 0x1p90f ? 0x1p-64f : 1.0f", "1.0f", "quantize_fp8_tensor",
+        case="given, huge",
     ),
     "amax: barrier": Mutation("tensor_amax.cu", BARRIER, "", case="several rounds"),
     "amax: warps": Mutation(
         "tensor_amax.cu", "i < kThreads / kWarpSize", "i < kThreads / kWarpSize - 1",
+        case="several rounds",
     ),
     "amax: end": Mutation("tensor_amax.cu", "index < p.num_elems ? 8 : 0", "8", case="one row"),
     "ue8m0: up": Mutation(
@@ -79,7 +81,7 @@ QUANTIZE_MUTATIONS = {
     ),
     "ue8m0: NaN scale": Mutation(
         "e4m3.cuh", "scale < 255u ? (254u - scale) << 23 : 0u", "(254u - scale) << 23",
-        "quantize_fp8_ue8m0",
+        "quantize_fp8_ue8m0", case="tails",
     ),
     "ue8m0: bytes of a word": Mutation(
         "quantize_fp8_ue8m0.cu", "scales |= __shfl_xor_sync(kFullMask, scales, 2 * kGroupLanes);",
@@ -113,14 +115,14 @@ QUANTIZE_MUTATIONS = {
     ),
     "nvfp4: saturation": Mutation(
         "quantize_nvfp4.cu", "any_not_finite(x) || !(__fmul_rn(amax, factor) < 7.0f)",
-        "any_not_finite(x)",
+        "any_not_finite(x)", case="float16",
     ),
     "nvfp4: NaN": Mutation(
         "quantize_nvfp4.cu", "any_not_finite(x) || !(__fmul_rn(amax, factor) < 7.0f)",
-        "!(__fmul_rn(amax, factor) < 7.0f)",
+        "!(__fmul_rn(amax, factor) < 7.0f)", case="tails",
     ),
     "nvfp4: sign of NaN": Mutation(
-        "fp4.cuh", "if (y[i] != y[i]) bits[i] = 0;", "", "quantize_nvfp4"
+        "fp4.cuh", "if (y[i] != y[i]) bits[i] = 0;", "", "quantize_nvfp4", case="tails"
     ),
     "nvfp4: steps below 1": Mutation(
         "fp4.cuh", "fmaxf(y, 1.0f)", "fmaxf(y, 0.5f)", "quantize_nvfp4", case="ties"
@@ -135,18 +137,18 @@ QUANTIZE_MUTATIONS = {
     ),
     "nvfp4: a sixth": Mutation(
         "fp4.cuh", "__fmul_rn(global_scale, __fmul_rn(amax, 1.0f / 6.0f))",
-        "__fdiv_rn(__fmul_rn(global_scale, amax), 6.0f)", "quantize_nvfp4",
+        "__fdiv_rn(__fmul_rn(global_scale, amax), 6.0f)", "quantize_nvfp4", case="tails",
     ),
     "nvfp4: no scale": Mutation(
-        "fp4.cuh", "wide == 0.0f ? 0.0f : ", "", "quantize_nvfp4"
+        "fp4.cuh", "wide == 0.0f ? 0.0f : ", "", "quantize_nvfp4", case="extreme"
     ),
     "nvfp4: largest global scale": Mutation(
         "fp4.cuh", "fminf(fmaxf(__fdiv_rn(kFp4Max, amax), kMinScale), 3.402823466e38f)",
-        "fmaxf(__fdiv_rn(kFp4Max, amax), kMinScale)", "quantize_nvfp4",
+        "fmaxf(__fdiv_rn(kFp4Max, amax), kMinScale)", "quantize_nvfp4", case="its own scale, tiny",
     ),
     "nvfp4: least global scale": Mutation(
         "fp4.cuh", "fmaxf(__fdiv_rn(kFp4Max, amax), kMinScale)", "__fdiv_rn(kFp4Max, amax)",
-        "quantize_nvfp4",
+        "quantize_nvfp4", case="its own scale, infinite",
     ),
     "finalize: rows of a batch": Mutation(
         "finalize.cu", "const int64_t from = row[first + i];",
