@@ -324,13 +324,13 @@ def select_sm90_tile(num_slots: int, num_experts: int, dtype: str) -> int:
     144 6446; 4096 (128) 144 3790, 256 4419; 1024 (32) 48 and 64 2710; 512 (16) 32 2626, 24 2631.
     fp8, Mixtral: T = 4096 (1024) 256 2572, 176 2776. fp8, Qwen3: T = 16384 (1024) 256 1304, 176
     1466; 4096 (256) 144 454, 160 466.
-    bf16 (before the queue of tiles): DeepSeek-V3 T = 16384: 288 18975, 192 20154, 176 20348; T =
-    4096: 160 6082, 144 6352, 288 9240; Mixtral T = 4096: 176 4276, 288 4313, 192 4336; Qwen3 T =
-    16384 (1024): 176 1992, 192 2093, 288 2112.
+    bf16: DeepSeek-V3 T = 16384: 192 18007, 176 19430, 288 20194, 160 21424, 256 21662; T = 4096:
+    144 5861, 160 5872, 176 6207; Mixtral T = 4096: 176 4110, 288 4285, 192 4555; Qwen3 T = 16384
+    (1024): 176 1901, 192 2020.
     """
     mean = num_slots / max(num_experts, 1)
     fixed = {"bfloat16": 40, "float8_e4m3fn": 30}.get(dtype, 40)  # tokens that cost as much
-    alone = {"bfloat16": 1.1, "float8_e4m3fn": 1.19}.get(dtype, 1.1)  # of a block without a partner
+    alone = {"float8_e4m3fn": 1.19}.get(dtype, 1.0)  # of a block without a partner
 
     def cost(height: int) -> float:
         tiles = 1.0

@@ -364,7 +364,7 @@ class OnDevice(np.ndarray):
 
 
 class HostWorkspace:
-    def take(self, name, shape, dtype):
+    def take(self, name, shape, dtype, zeros=False):
         return np.empty(tuple(shape), DTYPES.get(dtype, dtype))
 
 
