@@ -14,9 +14,9 @@ from tests.host.finalize_cases import FINALIZE_CASES
 from tests.host.gemm_cases import (
     GEMM90_CASES,
     GEMM90_FP8_CASES,
-    GEMM90_FP8_ROWS_CASES,
     GEMM_CASES,
 )
+from tests.host.gemm_rows_cases import GEMM90_FP8_ROWS_CASES
 from tests.host.quantize_cases import QUANTIZE_CASES
 from tests.host.routing_cases import ONE_LAUNCH_CASES, ROUTING_CASES, TWO_LAUNCH_CASES
 

@@ -152,7 +152,7 @@ def _gemm(
     return lambda host: gemm.check(host, launch)
 
 
-def _gemm90(
+def gemm90(
     dtype: str,
     *,
     num_stages: int | None = None,
@@ -289,228 +289,191 @@ REMAINDERS = (0, 1, 10, 19, 28, 37, 46, 55, 0, 64)
 
 # k is given in elements: a stage has 128 bytes of it.
 GEMM90_FP8_CASES = [
-    Case("gated", _gemm90(FP8, k=272, n=144, tile=16, order="up_gate", per_expert=True)),
+    Case("gated", gemm90(FP8, k=272, n=144, tile=16, order="up_gate", per_expert=True)),
     Case(
         "gated interleaved",
-        _gemm90(FP8, k=144, n=48, tile=32, order="gate_up_interleaved", tokens=40),
+        gemm90(FP8, k=144, n=48, tile=32, order="gate_up_interleaved", tokens=40),
     ),
     Case(
         "gated interleaved, up first, rows in order",
-        _gemm90(FP8, k=400, n=80, tile=24, order="up_gate_interleaved", gather=False),
+        gemm90(FP8, k=400, n=80, tile=24, order="up_gate_interleaved", gather=False),
     ),
-    Case("plain", _gemm90(FP8, k=144, n=264, tile=16)),
-    Case("plain, gathered", _gemm90(FP8, k=272, n=264, tile=40, gather=True, tokens=40)),
-    Case("block-major", _gemm90(FP8, k=384, n=40, tile=64, block_major=True, tokens=50)),
+    Case("plain", gemm90(FP8, k=144, n=264, tile=16)),
+    Case("plain, gathered", gemm90(FP8, k=272, n=264, tile=40, gather=True, tokens=40)),
+    Case("block-major", gemm90(FP8, k=384, n=40, tile=64, block_major=True, tokens=50)),
     Case(
         "gated, block-major",
-        _gemm90(FP8, k=256, n=144, tile=8, block_major=True, order="gate_up"),
+        gemm90(FP8, k=256, n=144, tile=8, block_major=True, order="gate_up"),
     ),
     Case(
         "gated, tile 88",
-        _gemm90(FP8, k=128, n=80, tile=88, order="gate_up", tokens=70, experts=2, num_chunks=3),
+        gemm90(FP8, k=128, n=80, tile=88, order="gate_up", tokens=70, experts=2, num_chunks=3),
     ),
-    Case("plain, tile 80", _gemm90(FP8, k=144, n=136, tile=80, tokens=60, experts=2)),
+    Case("plain, tile 80", gemm90(FP8, k=144, n=136, tile=80, tokens=60, experts=2)),
     Case(
         "one token",
-        _gemm90(FP8, k=128, n=128, tile=8, order="gate_up", tokens=1, top_k=1, experts=1),
+        gemm90(FP8, k=128, n=128, tile=8, order="gate_up", tokens=1, top_k=1, experts=1),
     ),
-    Case("every remainder", _gemm90(FP8, k=144, n=40, tile=24, counts=REMAINDERS)),
+    Case("every remainder", gemm90(FP8, k=144, n=40, tile=24, counts=REMAINDERS)),
     Case(
         "every remainder, gated",
-        _gemm90(FP8, k=144, n=80, tile=72, order="up_gate", counts=REMAINDERS, num_chunks=4),
+        gemm90(FP8, k=144, n=80, tile=72, order="up_gate", counts=REMAINDERS, num_chunks=4),
     ),
     Case(
         "one block, several tiles",
-        _gemm90(FP8, num_sms=1, num_chunks=2, k=640, n=272, tile=24, tokens=30, experts=3),
+        gemm90(FP8, num_sms=1, num_chunks=2, k=640, n=272, tile=24, tokens=30, experts=3),
     ),
     Case(
         "one block, several tiles, gated",
-        _gemm90(FP8, num_sms=1, k=640, n=272, tile=24, order="gate_up", tokens=30, experts=3),
+        gemm90(FP8, num_sms=1, k=640, n=272, tile=24, order="gate_up", tokens=30, experts=3),
     ),
     Case(
         "one block, several tiles, short k",
-        _gemm90(FP8, num_sms=1, k=128, n=272, tile=32, order="gate_up", tokens=40, experts=3),
+        gemm90(FP8, num_sms=1, k=128, n=272, tile=32, order="gate_up", tokens=40, experts=3),
     ),
     Case(
         "clusters, gated",
-        _gemm90(FP8, cluster=2, k=272, n=144, tile=48, order="gate_up", tokens=60),
+        gemm90(FP8, cluster=2, k=272, n=144, tile=48, order="gate_up", tokens=60),
     ),
-    Case("clusters, plain", _gemm90(FP8, cluster=2, k=640, n=264, tile=96, tokens=60)),
+    Case("clusters, plain", gemm90(FP8, cluster=2, k=640, n=264, tile=96, tokens=60)),
     Case(
         "clusters, a block without rows",
-        _gemm90(FP8, cluster=2, num_sms=2, k=640, n=136, tile=48, counts=(3, 0, 99, 8, 1)),
+        gemm90(FP8, cluster=2, num_sms=2, k=640, n=136, tile=48, counts=(3, 0, 99, 8, 1)),
     ),
     Case(
         "clusters, a block without rows, gated",
-        _gemm90(
+        gemm90(
             FP8, cluster=2, num_sms=2, k=144, n=144, tile=48, order="up_gate_interleaved",
             counts=(3, 0, 99, 8, 1),
         ),
     ),
     Case(
         "clusters that take more than a tile",
-        _gemm90(FP8, cluster=2, k=144, n=40, tile=8, block_n=8, gather=True, counts=(8,)),
+        gemm90(FP8, cluster=2, k=144, n=40, tile=8, block_n=8, gather=True, counts=(8,)),
     ),
-    Case("activated", _gemm90(FP8, k=272, n=272, tile=40, activation=Activation("relu2"))),
+    Case("activated", gemm90(FP8, k=272, n=272, tile=40, activation=Activation("relu2"))),
     Case(
         "activated, one block, several tiles",
-        _gemm90(
+        gemm90(
             FP8, num_sms=1, k=144, n=400, tile=24, tokens=30, activation=Activation("silu")
         ),
     ),
     Case(
         "geglu_tanh",
-        _gemm90(
+        gemm90(
             FP8, k=272, n=144, tile=16, order="up_gate", activation=Activation("geglu_tanh")
         ),
     ),
 ]  # fmt: skip
 
-# Rows an expert gets: none, a consumer's, a block's and a cluster's share, and one more or fewer.
-SHARES = (0, 1, 63, 64, 65, 128, 129, 200)
-
-
-def _rows90(**sizes: Any) -> Callable[[Host], None]:
-    """``sm90_fp8_rows_grouped_gemm``."""
-    cluster = sizes.setdefault("cluster", 1)
-    fp8 = sizes.get("order") is not None or "activation" in sizes
-    return _gemm90(
-        FP8, **{"tile": 128 * cluster, "block_n": 128, "num_chunks": 2 if fp8 else 1} | sizes
-    )
-
-
-GEMM90_FP8_ROWS_CASES = [
-    Case("gated", _rows90(k=272, n=144, order="up_gate", per_expert=True)),
-    Case(
-        "gated interleaved, up first, rows in order",
-        _rows90(k=400, n=80, order="up_gate_interleaved", gather=False, tokens=50),
-    ),
-    Case("gated, block-major", _rows90(k=256, n=144, block_major=True, order="gate_up")),
-    Case("plain", _rows90(k=144, n=264, tokens=50, num_chunks=2)),
-    Case("plain, gathered", _rows90(k=272, n=264, gather=True, tokens=40)),
-    Case("shares", _rows90(k=144, n=40, counts=SHARES)),
-    Case("shares, gated", _rows90(k=144, n=80, order="gate_up", counts=SHARES)),
-    Case(
-        "one block, several tiles",
-        _rows90(num_sms=1, k=640, n=272, counts=(70, 3, 130), num_chunks=2),
-    ),
-    Case(
-        "one block, several tiles, gated",
-        _rows90(num_sms=1, k=640, n=272, order="gate_up", counts=(70, 3, 130)),
-    ),
-    Case("clusters, gated", _rows90(cluster=2, k=640, n=144, order="gate_up", counts=(140, 9, 0))),
-    Case("clusters, plain", _rows90(cluster=2, num_sms=2, k=640, n=264, counts=(3, 0, 300, 128))),
-    Case("activated", _rows90(k=272, n=272, activation=Activation("relu2"), tokens=40)),
-]
-
 GEMM90_CASES = [
-    Case("gated", _gemm90(BF16, k=136, n=144, tile=16, order="up_gate", per_expert=True)),
+    Case("gated", gemm90(BF16, k=136, n=144, tile=16, order="up_gate", per_expert=True)),
     Case(
         "gated interleaved",
-        _gemm90(BF16, k=72, n=48, tile=32, order="gate_up_interleaved", tokens=40),
+        gemm90(BF16, k=72, n=48, tile=32, order="gate_up_interleaved", tokens=40),
     ),
     Case(
         "gated interleaved, up first, rows in order",
-        _gemm90(BF16, k=200, n=200, tile=24, order="up_gate_interleaved", gather=False),
+        gemm90(BF16, k=200, n=200, tile=24, order="up_gate_interleaved", gather=False),
     ),
-    Case("plain", _gemm90(BF16, k=72, n=264, tile=16)),
-    Case("plain, gathered", _gemm90(BF16, k=136, n=264, tile=40, gather=True, tokens=40)),
-    Case("block-major", _gemm90(BF16, k=192, n=40, tile=64, block_major=True, tokens=50)),
+    Case("plain", gemm90(BF16, k=72, n=264, tile=16)),
+    Case("plain, gathered", gemm90(BF16, k=136, n=264, tile=40, gather=True, tokens=40)),
+    Case("block-major", gemm90(BF16, k=192, n=40, tile=64, block_major=True, tokens=50)),
     Case(
         "gated, block-major",
-        _gemm90(BF16, k=128, n=136, tile=8, block_major=True, order="gate_up"),
+        gemm90(BF16, k=128, n=136, tile=8, block_major=True, order="gate_up"),
     ),
     Case(
         "gated, tile 112",
-        _gemm90(BF16, k=64, n=80, tile=112, order="gate_up", tokens=70, experts=2),
+        gemm90(BF16, k=64, n=80, tile=112, order="gate_up", tokens=70, experts=2),
     ),
-    Case("plain, tile 192", _gemm90(BF16, k=72, n=136, tile=192, tokens=140, experts=2)),
+    Case("plain, tile 192", gemm90(BF16, k=72, n=136, tile=192, tokens=140, experts=2)),
     Case(
         "one token",
-        _gemm90(BF16, k=64, n=128, tile=8, order="gate_up", tokens=1, top_k=1, experts=1),
+        gemm90(BF16, k=64, n=128, tile=8, order="gate_up", tokens=1, top_k=1, experts=1),
     ),
-    Case("every remainder", _gemm90(BF16, k=72, n=40, tile=24, counts=REMAINDERS)),
+    Case("every remainder", gemm90(BF16, k=72, n=40, tile=24, counts=REMAINDERS)),
     Case(
         "every remainder, gated",
-        _gemm90(BF16, k=72, n=80, tile=72, order="up_gate", counts=REMAINDERS),
+        gemm90(BF16, k=72, n=80, tile=72, order="up_gate", counts=REMAINDERS),
     ),
     Case(
         "one block, several tiles",
-        _gemm90(BF16, num_sms=1, num_chunks=2, k=320, n=272, tile=40, tokens=30, experts=3),
+        gemm90(BF16, num_sms=1, num_chunks=2, k=320, n=272, tile=40, tokens=30, experts=3),
     ),
     Case(
         "one block, several tiles, gated",
-        _gemm90(BF16, num_sms=1, k=320, n=272, tile=40, order="gate_up", tokens=30, experts=3),
+        gemm90(BF16, num_sms=1, k=320, n=272, tile=40, order="gate_up", tokens=30, experts=3),
     ),
     Case(
         "one block, several tiles, short k",
-        _gemm90(BF16, num_sms=1, k=64, n=272, tile=32, order="gate_up", tokens=40, experts=3),
+        gemm90(BF16, num_sms=1, k=64, n=272, tile=32, order="gate_up", tokens=40, experts=3),
     ),
     Case(
         "clusters, gated",
-        _gemm90(BF16, cluster=2, k=136, n=144, tile=48, order="gate_up", tokens=60),
+        gemm90(BF16, cluster=2, k=136, n=144, tile=48, order="gate_up", tokens=60),
     ),
-    Case("clusters, plain", _gemm90(BF16, cluster=2, k=320, n=264, tile=96, tokens=60)),
+    Case("clusters, plain", gemm90(BF16, cluster=2, k=320, n=264, tile=96, tokens=60)),
     Case(
         "clusters, a block without rows",
-        _gemm90(BF16, cluster=2, num_sms=2, k=320, n=136, tile=48, counts=(3, 0, 99, 8, 1)),
+        gemm90(BF16, cluster=2, num_sms=2, k=320, n=136, tile=48, counts=(3, 0, 99, 8, 1)),
     ),
     Case(
         "clusters, a block without rows, gated",
-        _gemm90(
+        gemm90(
             BF16, cluster=2, num_sms=2, k=72, n=136, tile=48, order="up_gate_interleaved",
             counts=(3, 0, 99, 8, 1),
         ),
     ),
-    Case("silu", _gemm90(BF16, k=136, n=264, tile=40, activation=Activation("silu"))),
+    Case("silu", gemm90(BF16, k=136, n=264, tile=40, activation=Activation("silu"))),
     Case(
         "geglu",
-        _gemm90(BF16, k=72, n=136, tile=16, order="up_gate", activation=Activation("geglu")),
+        gemm90(BF16, k=72, n=136, tile=16, order="up_gate", activation=Activation("geglu")),
     ),
     Case(
         "fp8 gated",
-        _gemm90(TENSOR, k=272, n=144, tile=16, order="up_gate", per_expert=True),
+        gemm90(TENSOR, k=272, n=144, tile=16, order="up_gate", per_expert=True),
     ),
-    Case("fp8 plain", _gemm90(TENSOR, k=272, n=264, tile=40, tokens=40)),
-    Case("fp8 plain, gathered", _gemm90(TENSOR, k=144, n=264, tile=112, gather=True, tokens=90)),
+    Case("fp8 plain", gemm90(TENSOR, k=272, n=264, tile=40, tokens=40)),
+    Case("fp8 plain, gathered", gemm90(TENSOR, k=144, n=264, tile=112, gather=True, tokens=90)),
     Case(
         "fp8 gated interleaved, weights of tokens",
-        _gemm90(
+        gemm90(
             TENSOR, k=144, n=48, tile=48, order="gate_up_interleaved", tokens=60, weights=F32
         ),
     ),
     Case(
         "fp8 gated, rows in order",
-        _gemm90(TENSOR, k=272, n=208, tile=40, order="gate_up", gather=False, num_chunks=2),
+        gemm90(TENSOR, k=272, n=208, tile=40, order="gate_up", gather=False, num_chunks=2),
     ),
     Case(
         "fp8 every remainder, gated",
-        _gemm90(
+        gemm90(
             TENSOR, k=144, n=80, tile=72, order="up_gate", counts=REMAINDERS, weights=BF16,
             num_weighted=8,
         ),
     ),
     Case(
         "fp8 one block, several tiles, gated",
-        _gemm90(TENSOR, num_sms=1, k=640, n=272, tile=40, order="gate_up", tokens=30, experts=3),
+        gemm90(TENSOR, num_sms=1, k=640, n=272, tile=40, order="gate_up", tokens=30, experts=3),
     ),
     Case(
         "fp8 clusters, gated",
-        _gemm90(TENSOR, cluster=2, k=272, n=144, tile=48, order="gate_up", tokens=60),
+        gemm90(TENSOR, cluster=2, k=272, n=144, tile=48, order="gate_up", tokens=60),
     ),
     Case(
         "fp8 relu2, block-major",
-        _gemm90(
+        gemm90(
             TENSOR, k=256, n=272, tile=40, activation=Activation("relu2"), block_major=True,
             weights=BF16, num_weighted=3,
         ),
     ),
     Case(
         "fp8 silu, rows in order, one block",
-        _gemm90(
+        gemm90(
             TENSOR, num_sms=1, k=144, n=400, tile=24, tokens=30, gather=False,
             activation=Activation("silu"), num_chunks=2,
         ),
     ),
-    Case("fp8 plain, tile 192", _gemm90(TENSOR, k=144, n=136, tile=192, tokens=140, experts=2)),
+    Case("fp8 plain, tile 192", gemm90(TENSOR, k=144, n=136, tile=192, tokens=140, experts=2)),
 ]  # fmt: skip

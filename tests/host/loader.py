@@ -288,11 +288,15 @@ def _wrapper(spec: KernelSpec, source: str, params: np.dtype) -> str:
 
 def _sources(source_dir: Path, changed: Mapping[str, str]) -> dict[str, str]:
     """Return the text of every file a kernel may include, by name."""
-    texts = {}
-    for folder in (KERNEL_DIR, source_dir, OVERLAY):
-        for path in sorted([*folder.glob("*.cu"), *folder.glob("*.cuh")]):
-            texts[path.name] = path.read_text()
-    return {**texts, **changed}
+    own = {} if source_dir == KERNEL_DIR else _texts(source_dir)
+    return {**_kept_texts(KERNEL_DIR), **own, **_kept_texts(OVERLAY), **changed}
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (*folder.glob("*.cu"), *folder.glob("*.cuh"))}
+
+
+_kept_texts = functools.cache(_texts)
 
 
 def _included(texts: Mapping[str, str], name: str, seen: set[str]) -> set[str]:
@@ -323,8 +327,17 @@ def library_path(
     changed : mapping of str to str, optional
         Texts of files that differ from those on disk.
     """
-    source_dir = spec.source_dir or KERNEL_DIR
-    texts = _sources(source_dir, changed or {})
+    # The kernels of a test's own folder may be rewritten between two launches.
+    find = _library_path.__wrapped__ if spec.source_dir else _library_path
+    return find(spec, params, arch, tuple((changed or {}).items()))
+
+
+@functools.cache
+def _library_path(
+    spec: KernelSpec, params: np.dtype, arch: int, changes: tuple[tuple[str, str], ...]
+) -> Path:
+    changed, source_dir = dict(changes), spec.source_dir or KERNEL_DIR
+    texts = _sources(source_dir, changed)
     used = sorted(_included(texts, f"{spec.name}.cu", set()))
     wrapper = _wrapper(spec, texts[f"{spec.name}.cu"], params)
     # What runs under four seeds is optimised; for a run or two that takes longer than it saves.
@@ -343,7 +356,7 @@ def library_path(
             for candidate in (source_dir / name, KERNEL_DIR / name):
                 if not origin.exists():
                     origin = candidate
-            if changed and name in changed:
+            if name in changed:
                 (folder / name).write_text(changed[name])
             else:
                 (folder / name).symlink_to(origin)

@@ -1,0 +1,48 @@
+"""The cases of ``sm90_fp8_rows_grouped_gemm``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cumoe.arrays import FP8
+from cumoe.config import Activation
+from tests.host.checks import Case, Host
+from tests.host.gemm_cases import gemm90
+
+# Rows an expert gets: none, a consumer's, a block's and a cluster's share, and one more or fewer.
+SHARES = (0, 1, 63, 64, 65, 128, 129, 200)
+
+
+def _rows90(**sizes: Any) -> Callable[[Host], None]:
+    """``sm90_fp8_rows_grouped_gemm``."""
+    cluster = sizes.setdefault("cluster", 1)
+    fp8 = sizes.get("order") is not None or "activation" in sizes
+    return gemm90(
+        FP8, **{"tile": 128 * cluster, "block_n": 128, "num_chunks": 2 if fp8 else 1} | sizes
+    )
+
+
+GEMM90_FP8_ROWS_CASES = [
+    Case("gated", _rows90(k=272, n=144, order="up_gate", per_expert=True)),
+    Case(
+        "gated interleaved, up first, rows in order",
+        _rows90(k=400, n=80, order="up_gate_interleaved", gather=False, tokens=50),
+    ),
+    Case("gated, block-major", _rows90(k=256, n=144, block_major=True, order="gate_up")),
+    Case("plain", _rows90(k=144, n=264, tokens=50, num_chunks=2)),
+    Case("plain, gathered", _rows90(k=272, n=264, gather=True, tokens=40)),
+    Case("shares", _rows90(k=144, n=40, counts=SHARES)),
+    Case("shares, gated", _rows90(k=144, n=80, order="gate_up", counts=SHARES)),
+    Case(
+        "one block, several tiles",
+        _rows90(num_sms=1, k=640, n=272, counts=(70, 3, 130), num_chunks=2),
+    ),
+    Case(
+        "one block, several tiles, gated",
+        _rows90(num_sms=1, k=640, n=272, order="gate_up", counts=(70, 3, 130)),
+    ),
+    Case("clusters, gated", _rows90(cluster=2, k=640, n=144, order="gate_up", counts=(140, 9, 0))),
+    Case("clusters, plain", _rows90(cluster=2, num_sms=2, k=640, n=264, counts=(3, 0, 300, 128))),
+    Case("activated", _rows90(k=272, n=272, activation=Activation("relu2"), tokens=40)),
+]
