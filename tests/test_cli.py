@@ -381,10 +381,9 @@ def plan_on_host(monkeypatch, shape: ModelShape, recipe: str, kind: str, num_tok
         recipe=recipe,
         **({"x_scale": 1.0, "act_scale": 1.0} if recipe == "fp8_tensor" else {}),
     )
-    routing = shape.routing(recipe)
     spec = layer_call.LayerSpec(
         weights,
-        routing,
+        routing := shape.routing(recipe),
         shape.num_experts,
         shape.num_shared_experts,
         ExpertShard(0, shape.num_experts),
