@@ -319,7 +319,8 @@ class TestMissing:
         release = threading.Event()
 
         def work(group):
-            made = Workspace(group, 8, 64, debug=True, timeout_s=0.2)
+            made = Workspace(group, 8, 64, debug=True)
+            made.timeout_s = 0.2
             if group.rank == 1:
                 release.wait(10)
                 return None
@@ -338,7 +339,8 @@ class TestMissing:
         release = threading.Event()
 
         def work(group):
-            made = Workspace(MpiLike(group, barriers), 8, 64, debug=True, timeout_s=0.2)
+            made = Workspace(MpiLike(group, barriers), 8, 64, debug=True)
+            made.timeout_s = 0.2
             if group.rank == 1:
                 release.wait(10)
                 return None

@@ -247,7 +247,8 @@ class TestEnd:
         release = machine.stuck[1, "destroy"] = threading.Event()
 
         def work(group):
-            made = Workspace(group, *SIZES, engine="nccl", timeout_s=1.0)
+            made = Workspace(group, *SIZES, engine="nccl")
+            made.timeout_s = 1.0
             try:
                 made.close()
             finally:
@@ -284,7 +285,8 @@ class TestEnd:
 
     def test_a_rank_does_not_come_to_close(self, machine):
         def work(group):
-            made = Workspace(group, *SIZES, engine="nccl", timeout_s=0.3)
+            made = Workspace(group, *SIZES, engine="nccl")
+            made.timeout_s = 0.3
             if group.rank == 0:
                 made.close()
 
