@@ -356,6 +356,8 @@ class TestRanks:
             dtype="bfloat16",
             buffers=(1 << 20,) * size,
             state=np.zeros(4, np.int32),
+            debug=False,
+            kind="ipc",
         )
         drawn = replace(there, group=SimpleNamespace(rank=0, size=1), memory=SingleGroup())
         for tokens in (1, 16, 128):

@@ -166,9 +166,11 @@ class TestCase:
                 def __init__(self, like):
                     pass
 
-                def take(self, name, shape, dtype):
+                def take(self, name, shape, dtype, zeros=False):
                     if name not in buffers:
                         buffers[name] = arena.empty(shape, dtype).view(OnDevice)
+                        if zeros:
+                            buffers[name][...] = 0
                     return buffers[name]
 
             def run_plan(plan, call, stream):

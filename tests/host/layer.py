@@ -16,6 +16,7 @@ from cumoe.config import ExpertParts
 from cumoe.layer_call import check_call, check_layer
 from cumoe.plan import DevicePlan
 from cumoe.reference import pack
+from cumoe.tuning import SM90_ROWS
 from tests.host.checks import BF16, F32, SMEM_LIMIT, Case, Host, close
 from tests.host.tensor_map import encode_tiled
 
@@ -27,13 +28,18 @@ class _OnDevice(np.ndarray):
 
 
 class _Workspace:
-    """Every buffer fresh and poisoned."""
+    """Every buffer fresh, and poisoned but for those that begin with zeros."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        return self._host.empty(shape, dtype).view(_OnDevice)
+    def take(
+        self, name: str, shape: tuple[int, ...], dtype: str, *, zeros: bool = False
+    ) -> np.ndarray:
+        made = self._host.empty(shape, dtype)
+        if zeros:
+            made[...] = 0
+        return made.view(_OnDevice)
 
 
 def run_layer(
@@ -67,7 +73,10 @@ def run_layer(
     ):
         plan = DevicePlan(spec, call, _Workspace(host))  # type: ignore[arg-type]
     launches = [launch for stage in plan.stages.values() for launch in stage]
-    hopper = "sm90_fp8_grouped_gemm" if weights.recipe == "fp8_block" else "sm90_grouped_gemm"
+    hopper = "sm90_grouped_gemm"
+    if weights.recipe == "fp8_block":
+        rows = plan.tile == 2 * SM90_ROWS
+        hopper = f"sm90_fp8_{'rows_' if rows else ''}grouped_gemm"
     gemm = hopper if spec.runs_sm90(arch) else "sm80_grouped_gemm"
     assert {name for launch in launches if "gemm" in (name := launch.spec.name)} == {gemm}
     host.run(*launches)
@@ -262,7 +271,8 @@ LAYER_CASES = [
     ),
     Case(
         "fp8 one expert, tiles of two blocks",
-        _given(_Shape(170, 272, 144, "fp8_block"), 1, 1, False),
+        _given(_Shape(120, 272, 144, "fp8_block"), 1, 1, False),
     ),
+    Case("fp8 one expert, many tokens", _given(_Shape(310, 272, 144, "fp8_block"), 1, 1, False)),
 ]  # fmt: skip
 """The layer from logits or given routing to its result."""
