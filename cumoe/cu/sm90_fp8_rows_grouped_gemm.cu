@@ -156,8 +156,7 @@ __device__ __forceinline__ void store_rounded(const Params& p, Smem& smem, const
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         uint8_t* to = chunk + chunk_offset(token + 8 * h, j) + lane % 4 * 4;
-        *reinterpret_cast<uint32_t*>(to) =
-            ptx::cvt_bf16x2_f32(values[2 * h], values[2 * h + 1]);
+        *reinterpret_cast<uint32_t*>(to) = ptx::cvt_bf16x2_f32(values[2 * h], values[2 * h + 1]);
       }
     }
     if constexpr (kWriters) {

@@ -44,8 +44,8 @@ struct Params {
   const int32_t* expert_offsets;     // (num_local + 1,)
   const int32_t* tokens_per_expert;  // (num_local,)
   const int32_t* num_tiles;          // (1,)
-  int32_t* queue;                    // [0] items taken, [1] clusters that are done; zeros between launches
-  int64_t a_scale_row_stride;        // in elements
+  int32_t* queue;  // [0] items taken, [1] clusters that are done; zeros between launches
+  int64_t a_scale_row_stride;  // in elements
   int64_t a_scale_block_stride;
   int64_t out_scale_row_stride;
   int64_t out_scale_block_stride;

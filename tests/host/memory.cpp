@@ -70,6 +70,11 @@ void complete_some(FullThread* t) {
 void async_copy(void* destination, const void* source, unsigned bytes, unsigned zeros, Site site) {
   FullThread* t = me();
   t->site = site;
+  if (bytes > 0) {
+    // A fault here is the thread's; when the copy is made it would be the engine's.
+    const auto* touched = static_cast<const volatile unsigned char*>(source);
+    static_cast<void>(touched[0]), static_cast<void>(touched[bytes - 1]);
+  }
   t->copies.push_back({destination, source, bytes, zeros, t->copy_group, t->copy_sequence++});
   complete_some(t);
 }
