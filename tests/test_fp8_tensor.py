@@ -44,6 +44,21 @@ TOLERANCE = "layer fp8_tensor"
 TILES = sorted({*tuning.tiles(tuning.FP8_TENSOR), *tuning.sm90_tiles(tuning.FP8_TENSOR)})
 
 
+def neighbours(layer):
+    """Return how far each number of the result moves when two fp8 activations of a row do."""
+    ids, weights = layer.topk()
+    moved = np.zeros(layer.x.shape)
+    for token, x in enumerate(layer.x.astype(np.float64)):
+        for expert, weight in zip(ids[token], weights[token], strict=True):
+            gate, up, down = layer.rounded(int(expert))
+            y = swiglu(gate @ x * weight, up @ x * weight)
+            scale = layer.act_scale[expert]
+            size = np.clip(np.abs(y) / scale * 1.07, 2.0**-6, 448)  # the step is that above, too
+            effects = np.abs(down) * (2.0 ** (np.floor(np.log2(size)) - 3) * scale)
+            moved[token] += np.sort(effects, axis=1)[:, -2:].sum(axis=1)
+    return moved
+
+
 def run(layer, backend, **options):
     """Run a random layer's inputs through :func:`cumoe.moe`."""
     x, logits, weights = (to_backend(a, backend) for a in (layer.x, layer.logits, layer.weights))
@@ -170,8 +185,17 @@ class TestWeightsOnInput:
             to_backend(layer.weights, "cupy"), SHARED, max_num_tokens=num_tokens, portable=portable
         )
         got = planned(*(to_backend(a, "cupy") for a in (layer.x, layer.logits)))
-        got = to_host(got) if portable else got
-        assert_close_blocks(got, want, TOLERANCE, experts=layer.topk()[0][:, 0])
+        experts = layer.topk()[0][:, 0]
+        if portable or get_device(0).arch != SM90_ARCH:
+            assert_close_blocks(to_host(got), want, TOLERANCE, experts=experts)
+            return
+        # Sums that are cut move some activations to their neighbour, and the largest error is what
+        # the two of a row that matter most do to a number.
+        rms_only = dataclasses.replace(cut_sums(TOLERANCE, 144), largest=np.inf)
+        assert_close_blocks(got, want, rms_only, experts=experts)
+        error = np.abs(to_host(got).astype(np.float64) - want.astype(np.float64))
+        scale = np.maximum(np.sqrt(np.mean(want.astype(np.float64) ** 2)), np.abs(want))
+        assert (error <= TOLERANCES[TOLERANCE].largest * scale + neighbours(layer)).all()
 
     @each_backend
     def test_ids_that_name_no_expert(self, rng, backend):
