@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -55,15 +55,6 @@ def _unpack(value: Any) -> Any:
         _, dtype, shape, data = value
         return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
     return value
-
-
-class Reducer(Protocol):
-    """An all-reduce that is not this package's: the sum of an array over all ranks."""
-
-    name: str
-
-    def __call__(self, source: Array, target: Array) -> None:
-        """Write the sum of all ranks' `source` to `target`, which may be the same array."""
 
 
 class Nccl:
