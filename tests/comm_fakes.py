@@ -124,6 +124,7 @@ class Machine:
         self.fail: dict[tuple[int, str], Exception] = {}
         self.stuck: dict[tuple[int, str], threading.Event] = {}
         self.joined: dict[bytes, list] = {}
+        self.gpus: dict[int, int] = {}
 
     def memory(self):
         return FakeMemory(self)
@@ -154,6 +155,9 @@ class FakeMemory:
 
     def device(self):
         return rank_here.rank
+
+    def gpu(self):
+        return b"GPU %d" % self._machine.gpus.get(rank_here.rank, rank_here.rank)
 
     @contextlib.contextmanager
     def use(self, device):

@@ -62,6 +62,11 @@ class TestPeerMemory:
         memory.memory.free(memory.memory.allocate(1024))
         assert memory.calls == [("malloc", 1024), ("free", 4096)]
 
+    def test_gpu(self, memory):
+        memory.answers["getDeviceProperties"] = {"uuid": b"sixteen bytes \0."}
+        assert memory.memory.gpu() == b"sixteen bytes \0."
+        assert memory.calls == [("getDevice",), ("getDeviceProperties", 1)]
+
     def test_reach(self, memory):
         memory.memory.reach(1)
         assert memory.calls == [("getDevice",)]

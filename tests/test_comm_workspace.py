@@ -169,6 +169,14 @@ class TestErrors:
         with pytest.raises(TypeError, match="group: expected rank, size"):
             Workspace(None, *SIZES)
 
+    @pytest.mark.parametrize("engine", ["auto", "peer_memory", "nccl"])
+    def test_two_ranks_on_one_gpu(self, machine, engine):
+        machine.gpus[3] = 1
+        found = on(4, lambda group: Workspace(group, *SIZES, engine=engine))
+        for error in found:
+            assert type(error) is ValueError and "got device 3 for ranks 1 and 3" in str(error)
+        assert not machine.log
+
     def test_several_hosts(self, monkeypatch):
         monkeypatch.setattr(workspace, "_host", lambda: f"host {rank_here.rank // 2}")
         found = on(4, lambda group: Workspace(group, *SIZES))

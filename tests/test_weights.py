@@ -447,7 +447,10 @@ def test_device_round_trip_and_methods(rng: np.random.Generator, recipe: Any) ->
         lambda w: w.convert(layout="block_major_k").slice_intermediate(0, 128),
         lambda w: w.shard(shard, 1),
         lambda w: ExpertWeights.from_flashinfer(
-            w.w13, w.w2, w.w13_scale, w.w2_scale, shuffled=True
+            *(w.w13, w.w2, w.w13_scale, w.w2_scale),
+            shuffled=True,
+            x_scale=w.x_scale,
+            act_scale=w.act_scale,
         ),
     ]
     for action in actions:

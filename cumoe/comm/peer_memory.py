@@ -40,6 +40,10 @@ class PeerMemory:
         """Return the ordinal of the current device."""
         return int(self._runtime.getDevice())
 
+    def gpu(self) -> bytes:
+        """Return the UUID of the current device, the same in every process."""
+        return bytes(self._runtime.getDeviceProperties(self.device())["uuid"])
+
     def use(self, device: int) -> contextlib.AbstractContextManager[Any]:
         """Make a device current for a while."""
         context: contextlib.AbstractContextManager[Any] = require("cupy").cuda.Device(device)

@@ -218,8 +218,8 @@ def _choose_devices(size: int, devices: Sequence[int] | None) -> list[int]:
         count = int(require("cupy").cuda.runtime.getDeviceCount())
         if count < size:
             raise ValueError(
-                f"size: expected at most one rank for each of {count} GPUs, got {size}; devices= "
-                "places several on one"
+                f"size: expected at most one rank for each of {count} GPUs, got {size}; with "
+                "devices= several can share one, but not a workspace"
             )
         return list(range(size))
     if devices and len(devices) != size:

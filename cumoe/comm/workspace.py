@@ -56,7 +56,7 @@ _GRAPHS = (
 )
 
 T = TypeVar("T")
-_Place = tuple[str, str, int]  # host, process, device
+_Place = tuple[str, str, int, bytes]  # host, process, device there, UUID of the device
 
 
 class WorkspaceError(RuntimeError):
@@ -73,8 +73,8 @@ class Workspace:
     Parameters
     ----------
     group : Group
-        Each rank with its GPU as CuPy's current device. Peer memory takes 1 to 16 ranks on one
-        host: processes, or threads of one process.
+        Each rank with a GPU of its own as CuPy's current device. Peer memory takes 1 to 16 ranks on
+        one host: processes, or threads of one process.
     max_num_tokens, hidden_size : int
         Largest call: at least one token, a multiple of 8 columns.
     dtype : {"bfloat16", "float16", "float32"}
@@ -102,7 +102,8 @@ class Workspace:
     Raises
     ------
     TypeError, ValueError
-        On every rank, if sizes are out of range or differ between ranks (the message names both).
+        On every rank, if sizes are out of range or differ between ranks (the message names both),
+        or two ranks have the same GPU.
     WorkspaceError
         On every rank, if ranks share no memory and one cannot load NCCL, or a call of CUDA or NCCL
         fails on one.
@@ -144,7 +145,8 @@ class Workspace:
         compare("Workspace(engine)", [p[1] for p in prepared])
         compare("Workspace(debug)", [p[2] for p in prepared])
         places = [p[3] for p in prepared]
-        self._shared_process = len({process for _, process, _ in places}) < len(places)
+        _check_gpus(places)
+        self._shared_process = len({process for _, process, *_ in places}) < len(places)
         self._connect(engine, places)
         self._closed = False
 
@@ -160,7 +162,7 @@ class Workspace:
         check_sizes(size if engine == "peer_memory" else min(size, MAX_WORLD_SIZE), *sizes)
         self._memory = PeerMemory()
         self.device = self._memory.device()
-        place = (_host(), f"{os.getpid()}-{_PROCESS}", self.device)
+        place = (_host(), f"{os.getpid()}-{_PROCESS}", self.device, self._memory.gpu())
         return sizes, engine, self.debug, place
 
     def _connect(self, engine: str, places: list[_Place]) -> None:
@@ -395,10 +397,22 @@ class Workspace:
             self.abandon()
 
 
+def _check_gpus(places: list[_Place]) -> None:
+    """Raise where two ranks have one GPU: nothing promises that it runs both at a time."""
+    gpus = [gpu for *_, gpu in places]
+    for rank, gpu in enumerate(gpus):
+        first = gpus.index(gpu)
+        if first < rank:
+            raise ValueError(
+                "group: expected a GPU for each rank, since their kernels wait for each other, got "
+                f"device {places[rank][2]} for ranks {first} and {rank}"
+            )
+
+
 def _kind(places: list[_Place]) -> str:
     """Return how ranks at these hosts and processes reach each other's memory."""
-    hosts = {host for host, _, _ in places}
-    processes = {process for _, process, _ in places}
+    hosts = {host for host, *_ in places}
+    processes = {process for _, process, *_ in places}
     if len(places) == 1:
         return "single"
     if len(hosts) > 1:
