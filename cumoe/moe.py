@@ -26,9 +26,11 @@ from cumoe.config import (
     check_int,
     max_tiles,
 )
+from cumoe.kernels import Runnable
 from cumoe.kernels_routing import Experts, max_chunks
-from cumoe.launch import get_device, get_kernel
+from cumoe.launch import get_device
 from cumoe.layer_call import LayerCall, LayerSpec, check_call, check_layer
+from cumoe.layouts import on_device_of
 from cumoe.plan import DevicePlan, Workspace, expert_buffers
 from cumoe.reference import finalize as reference_finalize
 from cumoe.reference import moe as reference
@@ -346,13 +348,29 @@ class MoELayer:
         num_tokens = check_int("num_tokens", num_tokens, 1, self.max_num_tokens)
         return self._plan(self._example_call(num_tokens))
 
-    def warmup(self, num_tokens: int) -> None:
-        """Plan calls from float32 logits with `num_tokens` tokens and load their kernels."""
+    def warmup(self, num_tokens: int, *, epilogue: comm.Epilogue | None = None) -> None:
+        """Plan calls from float32 logits with `num_tokens` tokens and load their kernels.
+
+        Parameters
+        ----------
+        num_tokens : int
+        epilogue : comm.Epilogue, optional
+            Of the calls, with a group.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`plan`, or as a call with this epilogue.
+        """
         plan = self.plan(num_tokens)
-        device = get_device(int(self.weights.w13.device.id))
-        for launches in plan.stages.values():
+        launches: list[Runnable] = [i for stage in plan.stages.values() for i in stage]
+        with on_device_of(self.weights.w13):
+            if self._ranks is not None:
+                launches += self._ranks.prepare(plan.parts, None, epilogue=epilogue).op.launches()
+            elif epilogue is not None:
+                raise ValueError("epilogue: expected None without a group that sums the parts")
             for item in launches:
-                get_kernel(item.spec, device)
+                item.prepare(get_device(int(self.weights.w13.device.id)))
 
     def _plan(self, call: LayerCall) -> DevicePlan:
         assert self._workspace is not None
@@ -369,11 +387,13 @@ class MoELayer:
     def _example_call(self, num_tokens: int) -> LayerCall:
         spec, like = self._spec, self.weights.w13
         assert spec.routing is not None
+        shape = (num_tokens, spec.weights.hidden_size)
         return LayerCall(
-            x=empty(like, (num_tokens, spec.weights.hidden_size), "bfloat16"),
+            x=empty(like, shape, "bfloat16"),
             logits=empty(like, (num_tokens, spec.num_experts), "float32"),
             bias=self._bias,
-            out=empty(like, (num_tokens, spec.weights.hidden_size), "bfloat16"),
+            # With a group the parts are the output of the layer's own stages.
+            out=None if self._ranks else empty(like, shape, "bfloat16"),
         )
 
     def _reserve(self) -> None:

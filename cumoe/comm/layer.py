@@ -61,9 +61,9 @@ class LayerRanks:
         parts: ExpertParts,
         out: Any,
         *,
-        shared_output: Any,
-        epilogue: Epilogue | None,
-        outputs: Sequence[str] | None,
+        shared_output: Any = None,
+        epilogue: Epilogue | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> LayerSum:
         """Check the sum of the ranks' parts; they may be written before it runs."""
         plain = epilogue is None and outputs is None
