@@ -133,11 +133,17 @@ def activation_fields(activation: Activation) -> dict[str, Any]:
     }
 
 
+def is_plain(activation: Activation) -> bool:
+    """Tell whether an activation has a shorter expression, since it has no parameter."""
+    given = (activation.alpha, activation.beta, activation.limit)
+    return bool(activation.definition.plain) and all(value is None for value in given)
+
+
 def with_activation(spec: KernelSpec, activation: Activation) -> KernelSpec:
     """Return a kernel of activation.cuh compiled for an activation; swiglu is the default there."""
     definition = activation.definition
-    if definition.plain and activation.alpha is activation.beta is activation.limit is None:
-        define = ("ACTIVATION", definition.plain)
+    if is_plain(activation):
+        define = ("ACTIVATION", str(definition.plain))
     elif activation.name == "swiglu":
         return spec
     else:

@@ -15,6 +15,7 @@ from cumoe.kernels import (
     Launch,
     activation_fields,
     blocks,
+    is_plain,
     make,
     scale_strides,
     with_activation,
@@ -25,7 +26,7 @@ THREADS = 128
 UNITS_PER_BLOCK = THREADS // 8  # kLanes
 
 BLOCKS_PER_SM: dict[int, dict[int, int]] = {
-    1: {1: 12, 2: 8, 4: 6},
+    1: {1: 10, 2: 8, 4: 6},
     2: {1: 10, 2: 6},
     4: {1: 5},
 }
@@ -64,6 +65,7 @@ def activation_spec(
             ("OUTPUT_TYPE", TYPES[output_dtype]),
             ("GATED", int(gate_up_order is not None)),
             ("INTERLEAVED", interleaved),
+            ("SILU", int(activation.name == "swiglu" and is_plain(activation))),
             ("ROWS", rows),
             ("BLOCKS_PER_SM", blocks_per_sm(activation, element_bytes, rows)),
         ),

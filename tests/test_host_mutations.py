@@ -63,6 +63,16 @@ MUTATIONS = {
     "activation: rows held": Mutation(
         "activation.cu", "*p.num_held_rows : p.num_rows", "p.num_rows : p.num_rows", case="shard"
     ),
+    "activation: scale of up": Mutation(
+        "activation.cu", "fabsf(x_scale[1]) <= 0x1p100f", "true", case="silu, scales"
+    ),
+    "activation: zeros": Mutation(
+        "activation.cu", "largest == 0.0f ? kMinScale : ", "", case="silu, scales"
+    ),
+    "activation: rows of the other way": Mutation(
+        "activation.cu", "if (to_do) store(y, scale);", "if (low) store(y, scale);",
+        case="silu, scales",
+    ),
     "activation: last rows": Mutation(
         "activation.cu", "inside && row0 + r < p.num_rows", "inside", case="fp8 to fp8, odd tile"
     ),

@@ -9,8 +9,9 @@
 // Grid      persistent; strides over units, the blocks of a row group next to each other.
 // Rows      up to *num_held_rows, which the device knows; rows whose token_idx is -1 are padding and are
 //           neither read nor written.
+// Silu      e4m3 to e4m3, most of all a matter of instructions, has a shorter way: see silu_row.
 // From -D   INPUT_TYPE OUTPUT_TYPE GATED (x has gate and up) INTERLEAVED (0: in halves; 1: gate, up, gate,
-//           up, ...; 2: up first) ROWS BLOCKS_PER_SM ACTIVATION
+//           up, ...; 2: up first) SILU (the activation is silu(gate) * up) ROWS BLOCKS_PER_SM ACTIVATION
 #include "activation.cuh"
 #include "vec.cuh"
 
@@ -117,8 +118,8 @@ __device__ __forceinline__ void store_row(uint8_t* to, const float (&y)[kColumns
   }
 }
 
-/// Divides a lane's values by the scale of their block's largest magnitude; returns the scale.
-__device__ __forceinline__ float scale_row(float (&y)[kColumns], bool low, bool high) {
+/// Largest magnitude of the block that a lane's values are in.
+__device__ __forceinline__ float block_amax(const float (&y)[kColumns], bool low, bool high) {
   float amax[2] = {};
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) amax[i / 8] = fmaxf(amax[i / 8], fabsf(y[i]));
@@ -127,7 +128,49 @@ __device__ __forceinline__ float scale_row(float (&y)[kColumns], bool low, bool 
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     block = fmaxf(block, __shfl_xor_sync(kFullMask, block, offset));
   }
-  return divide_by_scale(y, block);
+  return block;
+}
+
+/// Activates a lane's values of one row; e4m3 output is divided by the block's scale, which is returned.
+__device__ __forceinline__ float activate_row(float (&y)[kColumns], const uint4 (&raw)[kChunks],
+                                              const float (&x_scale)[2],
+                                              const ActivationValues& act, bool low, bool high) {
+  float v[2][kColumns];
+#pragma unroll
+  for (int side = 0; side < kSides; ++side) {
+    unpack(v[side], raw, side);
+    if constexpr (INPUT_TYPE == kE4m3) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) v[side][i] *= x_scale[side];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) y[i] = activate(v[0][i], v[kSides - 1][i], act);
+  if constexpr (OUTPUT_TYPE == kE4m3) return divide_by_scale(y, block_amax(y, low, high));
+  return 0.0f;
+}
+
+/// activate_row of silu(gate) * up, in four operations fewer for each value: the scales of gate and up are
+/// one factor of the block, and go with its own scale into one product. False, and no result, where factor
+/// or scale are out of the range in which they round like numbers.
+__device__ __forceinline__ bool silu_row(float (&y)[kColumns], float& scale,
+                                         const uint4 (&raw)[kChunks], const float (&x_scale)[2],
+                                         bool low, bool high) {
+  float gate[kColumns], up[kColumns];
+  unpack(gate, raw, 0);
+  unpack(up, raw, kSides - 1);
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) y[i] = gate[i] * up[i] * sigmoid(gate[i], x_scale[0]);
+  const float factor = x_scale[0] * x_scale[1], largest = block_amax(y, low, high);
+  const float amax = largest * fabsf(factor);
+  // NOTE: NaN scales fail the comparisons; a block of zeros, as where there is no row, does not.
+  const bool usual = (is_usual(amax) || largest == 0.0f) && fabsf(x_scale[0]) <= 0x1p100f &&
+                     fabsf(x_scale[1]) <= 0x1p100f;
+  scale = largest == 0.0f ? kMinScale : usual_scale(amax);
+  const float quotient_factor = largest == 0.0f ? 0.0f : factor * reciprocal_of(scale);
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) y[i] *= quotient_factor;
+  return usual;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
@@ -199,25 +242,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         const bool low = held >> r & 1;
-        float v[2][kColumns];
+        const auto store = [&](const float (&y)[kColumns], float scale) {
+          if (OUTPUT_TYPE == kE4m3 && lane == 0) y_scale[r * p.y_scale_row_stride] = scale;
+          store_row(y_row + r * (size * kBytesOut), y, high);
+        };
+        bool to_do = low;
+        float y[kColumns], scale;
+        if constexpr (SILU && INPUT_TYPE == kE4m3 && OUTPUT_TYPE == kE4m3) {
+          if (silu_row(y, scale, raw[r], x_scale[r], low, low && high)) {
+            if (low) store(y, scale);
+            to_do = false;
+          }
+          if (!__any_sync(kFullMask, to_do)) continue;
+          // NOTE: changes nothing, so that no register keeps for the rare case what it can unpack again.
 #pragma unroll
-        for (int side = 0; side < kSides; ++side) {
-          unpack(v[side], raw[r], side);
-          if constexpr (INPUT_TYPE == kE4m3) {
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i) v[side][i] *= x_scale[r][side];
+          for (int c = 0; c < kChunks; ++c) {
+            raw[r][c].x ^= p.zero, raw[r][c].y ^= p.zero;
+            raw[r][c].z ^= p.zero, raw[r][c].w ^= p.zero;
           }
         }
-        float y[kColumns];
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) y[i] = activate(v[0][i], v[kSides - 1][i], act);
-        if constexpr (OUTPUT_TYPE == kE4m3) {
-          const float scale = scale_row(y, low, low && high);
-          if (low && lane == 0) {
-            y_scale[r * p.y_scale_row_stride] = scale;
-          }
-        }
-        if (low) store_row(y_row + r * (size * kBytesOut), y, high);
+        scale = activate_row(y, raw[r], x_scale[r], act, low, low && high);
+        if (to_do) store(y, scale);
       }
     }
     group += p.group_step;

@@ -178,6 +178,83 @@ def _compare(y: np.ndarray, y_scale: Any, expected: Any, held: np.ndarray, exact
         close("y", got, want, FP8)
 
 
+SCALES = (
+    (0.03, 2.0),
+    (2.0**-60, 2.0**50),
+    (2.0**-100, 2.0**-20),
+    (2.0**-80, 2.0**-80),
+    (2.0**-140, 2.0**120),
+    (2.0**30, 2.0**80),
+    (2.0**90, 2.0**-60),
+    (2.0**99, 2.0**-70),
+    (2.0**102, 2.0**-70),
+    (3e38, 1e-30),
+    (2.0**100, 2.0**60),
+    (-0.03, 2.0),
+    (0.0, 1.0),
+    (np.inf, 1.0),
+    (1.0, np.inf),
+    (np.nan, 1.0),
+    (1.0, np.nan),
+)
+"""Of gate and up: usual ones, and those at which a product or a quotient leaves float32's range."""
+
+
+def _scales_of_silu(host: Host) -> None:
+    """Every row has scales of its own, and rows that are nothing but zeros follow each."""
+    columns, rows = 272, 2 * len(SCALES)
+    blocks = kernels.blocks(columns)
+    codes = (
+        host.rng.integers(0, 0x7F, (rows, 2 * columns))
+        | host.rng.integers(0, 2, (rows, 2 * columns)) << 7
+    )
+    codes[1::2] &= 0x80
+    values = host.arena.array(codes.astype(np.uint8).view(DTYPES[FP8]))
+    scales = np.repeat(np.repeat(np.array(SCALES, F32), 2, axis=0), blocks, axis=1)
+    x_scale = host.arena.array(scales)
+    activation = Activation()
+    with np.errstate(all="ignore"):
+        expected = twin.activate(
+            values,
+            x_scale,
+            gate_up_order="gate_up",
+            activation=activation,
+            permutation=None,
+            out_dtype=FP8,
+        )
+    first: Any = None
+    for unit in kernels_activation.BLOCKS_PER_SM[1]:
+        y, y_scale = host.empty((rows, columns), FP8), host.empty((rows, blocks), F32)
+        launch = kernels_activation.activation(
+            values,
+            x_scale,
+            y,
+            y_scale,
+            gate_up_order="gate_up",
+            activation=activation,
+            permutation=None,
+            num_sms=1,
+            rows=unit,
+        )
+        host.run(launch)
+        first = (y.copy(), y_scale.copy()) if first is None else first
+        same_bits(f"values of {unit} rows", y.copy(), first[0])
+        same_bits(f"scale of {unit} rows", y_scale.copy(), first[1])
+        for row in range(rows):
+            want = Quantized(expected.values[row : row + 1], expected.scale[row : row + 1])
+            got = Quantized(y[row : row + 1].copy(), y_scale[row : row + 1].copy())
+            name = f"scales {SCALES[row // 2]}, {unit} rows"
+            if row % 2 or not np.isfinite(quantize.dequantize(want)).all():
+                same_bits(f"scale of {name}", got.scale, want.scale)
+                # The twin adds a beta of 0, which turns -0 into 0.
+                same = (q.values.astype(F32) + np.float32(0) for q in (got, want))
+                same_bits(f"values of {name}", *same)
+                continue
+            assert np.allclose(got.scale, want.scale, rtol=1e-6, atol=0), f"scale of {name}"
+            amax = want.scale.max() * 448
+            close(name, *(quantize.dequantize(q) / amax for q in (got, want)), FP8)
+
+
 def _far(host: Host) -> None:
     """Three rows of 2^30 columns, of which the first 2048 are visited: offsets to 6 * 2^30."""
     rows, size, visited = 3, 1 << 30, 2048
@@ -271,5 +348,6 @@ ACTIVATION_CASES = [
         "situ limited",
         _activation(48, "up_gate", F32, F32, activation=Activation("situ", limit=2)),
     ),
+    Case("silu, scales", _scales_of_silu),
     Case("offsets past 2^32", _far),
 ]  # fmt: skip
