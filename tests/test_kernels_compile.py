@@ -1,7 +1,10 @@
-"""Every shipped kernel configuration compiles for every architecture, unspilled and within limits.
+"""Every shipped kernel compiles for every architecture, unspilled and within its limits.
 
 Needs NVRTC but neither a GPU nor a driver. Cubins go to the user's cache, so a second run is quick.
-Grouped GEMMs that gather without gating, or the reverse, are compiled for sm_90a alone.
+All configurations that can run on sm_90a and sm_80 are there; for the architectures between and
+after them all that a layer takes, and of the rest the lowest and the highest tile, and one of two
+all-reduces and orders. Grouped GEMMs that gather without gating, or the reverse, are compiled for
+sm_90a alone.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from cumoe.tuning import FP8_TENSOR, GroupedGemmProblem
 from tests.helpers import BF16, DTYPES, F32, FP8
 
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+WHOLE = ("sm_80", "sm_90a")
 FLOATS = ("bfloat16", "float16", "float32")
 
 ACTIVATIONS = [
@@ -143,9 +147,9 @@ def quantize_specs() -> Iterator[Shipped]:
                 yield Shipped(kernels_quantize.nvfp4_spec(dtype, rows, layout))
 
 
-def activation_specs() -> Iterator[Shipped]:
+def activation_specs(arch: str) -> Iterator[Shipped]:
     """Yield the activation kernel for all its dtypes and rows, and the other activations."""
-    orders = ("gate_up", "gate_up_interleaved", "up_gate_interleaved")
+    orders = ("gate_up", "gate_up_interleaved", "up_gate_interleaved")[: 3 if arch in WHOLE else 2]
     for source, target in itertools.product((*FLOATS, FP8.name), repeat=2):
         units = kernels_activation.BLOCKS_PER_SM[DTYPES[source].itemsize]
         for order, rows in itertools.product(orders, units):
@@ -177,7 +181,7 @@ def allreduce_specs(arch: str) -> Iterator[Shipped]:
     inputs += (("plain", "bfloat16"), ("plain", "float32"))
     formats = list(kernels_comm.QUANTS)
     for i, (config, ranks) in enumerate(itertools.product(configs, (1, 2, 4, 16))):
-        for j in (i, i + 3):
+        for j in (i, i + 3) if arch in WHOLE else (i,):
             quantize = formats[-1 if i == 15 and j == i else j % len(formats)]
             policy, dtype = inputs[(i + j) % len(inputs)]
             spec = kernels_comm.allreduce_spec(
@@ -192,7 +196,7 @@ def epilogue_specs(arch: str) -> Iterator[Shipped]:
     dtypes = ("bfloat16", FP8.name, FP8_TENSOR)
     for activation, dtype in itertools.product(ACTIVATIONS[1:], dtypes):
         gated = activation.gated
-        for tile in tuning.tiles(dtype):
+        for tile in extremes(tuning.tiles(dtype), arch):
             problem = GroupedGemmProblem(dtype, dtype, gated, True, tile, not gated)
             config = tuning.select_config(problem, limit)
             spec = gemm_spec(problem, config, activation)
@@ -206,8 +210,13 @@ def epilogue_specs(arch: str) -> Iterator[Shipped]:
                 yield Shipped(spec, tuning.sm90_smem_bytes(hopper, problem))
 
 
+def extremes(tiles: tuple[int, ...], arch: str) -> tuple[int, ...]:
+    """Return all tile heights, or the lowest and the highest."""
+    return tiles if arch in WHOLE else (tiles[0], tiles[-1])
+
+
 def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
-    """Yield the preferred configuration of every problem, and all that a layer's could have."""
+    """Yield the configuration that every problem has on an architecture."""
     limit = smem_limit(arch)
     for dtype, out, gated, gather in itertools.product(
         ("bfloat16", "float16", FP8.name, FP8_TENSOR),
@@ -225,11 +234,11 @@ def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
             (FP8_TENSOR, FP8_TENSOR if gated else "bfloat16"),
         )
         weighted = ("float32", "bfloat16") if out == FP8_TENSOR and gather else ()
-        for tile, weights in itertools.product(tuning.tiles(dtype), (None, *weighted)):
-            problem = GroupedGemmProblem(dtype, out, gated, gather, tile, weights_dtype=weights)
-            legal = tuning.candidates(problem, limit)
-            assert legal, f"nothing runs {problem} on {arch}"
-            for config in legal if in_layer else legal[:1]:
+        tiles = tuning.tiles(dtype)
+        for weights in (None, *weighted):
+            for tile in tiles if in_layer and weights is None else extremes(tiles, arch):
+                problem = GroupedGemmProblem(dtype, out, gated, gather, tile, weights_dtype=weights)
+                config = tuning.select_config(problem, limit)
                 spec = kernels.grouped_gemm_spec(problem, config)
                 yield Shipped(spec, tuning.smem_bytes(config, problem))
 
@@ -238,14 +247,14 @@ def hopper_specs() -> Iterator[Shipped]:
     """Yield the Hopper grouped GEMMs at every tile height, and two blocks that share weights.
 
     What no layer runs (gathered rows without a gate, or gated ones in order) comes at every fourth
-    height, and at all high ones, where registers are short.
+    height, fp8 by tensors at every second, and both at all high ones, where registers are short.
     """
     for dtype, gated, gather in itertools.product(
         tuning.SM90_MAX_BLOCK_N, (False, True), (False, True)
     ):
         heights = tuning.sm90_tiles(dtype)
-        if gated != gather:
-            heights = tuple(h for h in heights if h >= 144 or h in heights[::4])
+        step = 4 if gated != gather else 2 if dtype == FP8_TENSOR else 1
+        heights = tuple(h for h in heights if h >= 144 or h in heights[::step])
         for tile in heights:
             out = dtype if gated else "bfloat16"
             problem = GroupedGemmProblem(dtype, out, gated, gather, tile)
@@ -268,7 +277,7 @@ def shipped(arch: str) -> list[Shipped]:
     """Return what can run on an architecture, each configuration once."""
     hopper = hopper_specs() if arch == tuning.SM90_ARCH else ()
     gemms = (*grouped_gemm_specs(arch), *epilogue_specs(arch), *hopper)
-    small = (*routing_specs(arch), *elementwise_specs(), *quantize_specs(), *activation_specs())
+    small = (*routing_specs(arch), *elementwise_specs(), *quantize_specs(), *activation_specs(arch))
     small = (*small, *allreduce_specs(arch))
     every = (*small, *gemms)
     return list(dict.fromkeys(every))

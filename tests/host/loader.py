@@ -231,6 +231,14 @@ def _engine() -> ctypes.CDLL:
     return library
 
 
+def _sanitizers(spec: KernelSpec) -> tuple[str, ...]:
+    """Return what a kernel is checked for: UBSan takes as long to compile as the kernel itself."""
+    if asan_active():
+        return (*_ASAN, *_UBSAN)
+    # The tests' own kernels are of the engine, whose reports they are about.
+    return _UBSAN if spec.source_dir else ("-fsanitize=alignment",)
+
+
 @functools.cache
 def _precompiled_shim(flags: tuple[str, ...]) -> Path:
     """Return ``shim.h`` compiled with these flags, which a kernel takes less time to read."""
@@ -342,7 +350,7 @@ def _library_path(
     wrapper = _wrapper(spec, texts[f"{spec.name}.cu"], params)
     # What runs under four seeds is optimised; for a run or two that takes longer than it saves.
     level = "-O0" if changed or asan_active() else "-O1"
-    compiled_with = (level, *_FLAGS, *(_ASAN if asan_active() else _UBSAN))
+    compiled_with = (level, *_FLAGS, *_sanitizers(spec))
     flags = [
         *compiled_with,
         f"-D__CUDA_ARCH__={arch}",

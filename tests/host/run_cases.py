@@ -18,14 +18,14 @@ def main() -> None:
     parser.add_argument("--case", help="the one case to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arch", type=int, default=loader.CUDA_ARCH)
-    parser.add_argument("--first", type=int, help="only so many cases of each kernel")
+    parser.add_argument("--every", type=int, default=1, help="the first case of so many")
     parser.add_argument("--once", action="store_true", help="do not time")
     arguments = parser.parse_args()
     options = loader.HostOptions(seed=arguments.seed, arch=arguments.arch)
     tables = {**cases.CASES, "layer": layer.LAYER_CASES}
     for kernel in arguments.kernel or tables:
         seconds, count = 0.0, 0
-        for case in tables[kernel][: arguments.first]:
+        for case in tables[kernel][:: arguments.every]:
             if arguments.case in (None, case.name):
                 cases.check(case, options)
                 start = time.perf_counter()
