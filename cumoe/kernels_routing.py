@@ -26,26 +26,38 @@ LARGE_CLUSTER_SMS = 121
 """Blocks of a cluster: on any GPU that has clusters, and, by architecture, on one with so many SMs.
 A cluster is within one of at most 8 GPCs, so with 121 SMs one of them has 16."""
 
-BLOCK_TOKENS = 8
+BLOCK_TOKENS = 4
 BLOCK_SLOTS = 512
-"""The most tokens (from logits) and slots (of given ids) that one block routes and permutes."""
+"""The most tokens (from logits) and slots (of given ids) that one block routes and permutes; where
+there are no clusters twice as many tokens."""
 
-CLUSTER_TOKENS = 32
+SMALL_CLUSTER_TOKENS = 4
+"""Tokens of each block up to which a cluster has no more than ``CLUSTER`` blocks."""
+
+CLUSTER_TOKENS = 16
 CLUSTER_SLOTS = 512
-"""The same for each block of a cluster. Past it there are two launches."""
+"""As ``BLOCK_TOKENS`` for each block of a cluster. Past it there are two launches.
+
+H200, DeepSeek-V3, us: T = 8 in one block 4.84, in clusters of 4 / 8 / 16 4.65 / 4.52 / 4.73; T = 32
+in 8 / 16 4.78 / 4.82; T = 64 5.14 / 4.92; T = 256 in 16 6.05, in two launches 6.18; T = 512 in 16
+8.53, in two launches 6.50."""
 
 PERMUTE_WARPS = {1024: 16, 2048: 8}
 """Most routed experts -> warps of a block of routing_permute, which bound its registers."""
 
-COUNT_WARPS = {384: 32, 1024: 16, 2048: 8}
-"""The same of routing_count."""
+COUNT_WARPS = {1024: 16, 2048: 8}
+"""The same of routing_count; so few that a block of permute_place fits beside one."""
 
 PLACE_WARPS = 16
 """Warps of a block of permute_place."""
 
 MAX_CHUNKS = 132
+FEW_CHUNKS = 64
+FEW_CHUNKS_TOKENS = 1024
 MIN_CHUNK_TOKENS = 4
-"""Blocks of the two launches: the SMs of an H200, and the fewest tokens of one."""
+"""Blocks of each of the two launches: the SMs of an H200, half of them up to so many tokens; and
+the fewest tokens of a block. H200, DeepSeek-V3, us with 64 / 128 blocks: T = 1024 7.3 / 8.4, 2048
+9.4 / 8.7, 4096 13.6 / 11.6."""
 
 MAX_CHUNK_SLOTS = (1 << 16) - 1
 """Counts of a chunk are 16 bits wide."""
@@ -224,7 +236,8 @@ def routing_topk(
 
 def chunk_tokens(num_tokens: int, columns: int) -> int:
     """Return the tokens of a chunk of the two launches."""
-    wanted = max(-(-num_tokens // MAX_CHUNKS), MIN_CHUNK_TOKENS)
+    chunks = FEW_CHUNKS if num_tokens <= FEW_CHUNKS_TOKENS else MAX_CHUNKS
+    wanted = max(-(-num_tokens // chunks), MIN_CHUNK_TOKENS)
     return min(wanted, MAX_CHUNK_SLOTS // columns)
 
 
@@ -247,9 +260,11 @@ def cluster_size_of(arch: str, num_sms: int) -> int:
 
 def num_blocks(source: Source, cluster: int) -> int:
     """Return the blocks of the one launch, 0 if it takes two; `cluster` is the device's."""
-    work, one, each = source.num_tokens, BLOCK_TOKENS, CLUSTER_TOKENS
+    work, one, each = source.num_tokens, BLOCK_TOKENS * (1 if cluster else 2), CLUSTER_TOKENS
     if source.logits is None:
         work, one, each = work * source.columns, BLOCK_SLOTS, CLUSTER_SLOTS
+    elif work <= CLUSTER * SMALL_CLUSTER_TOKENS:
+        cluster = min(cluster, CLUSTER)
     if work <= one:
         return 1
     return cluster if work <= cluster * each else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.host import cases, loader
+from tests.host.activation_mutations import ACTIVATION_MUTATIONS
 from tests.host.mutations import BARRIER, Mutation
 from tests.host.quantize_mutations import QUANTIZE_MUTATIONS
 from tests.host.routing_mutations import ROUTING_MUTATIONS
@@ -31,6 +32,7 @@ IDLE = "clusters, a block without rows"
 WEIGHTED = "fp8 gated interleaved, weights of tokens"
 
 MUTATIONS = {
+    **ACTIVATION_MUTATIONS,
     **ROUTING_MUTATIONS,
     **QUANTIZE_MUTATIONS,
     **ROWS_MUTATIONS,
@@ -49,67 +51,6 @@ MUTATIONS = {
     "finalize: columns": Mutation(
         "finalize.cu", "if (column >= p.hidden_size) return;", "", case="tails"
     ),
-    "activation: columns": Mutation(
-        "activation.cu", "inside = column < p.intermediate_size", "inside = true", case="to fp8"
-    ),
-    "activation: half a lane loaded": Mutation(
-        "activation.cu", "if (first ? low : high)", "if (low)",
-        case="halves",
-    ),
-    "activation: half a lane stored": Mutation(
-        "activation.cu", "c * kElems < 8 || high", "true",
-        case="halves",
-    ),
-    "activation: rows held": Mutation(
-        "activation.cu", "*p.num_held_rows : p.num_rows", "p.num_rows : p.num_rows", case="shard"
-    ),
-    "activation: scale of up": Mutation(
-        "activation.cu", "fabsf(x_scale[1]) <= 0x1p100f", "true", case="silu, scales"
-    ),
-    "activation: zeros": Mutation(
-        "activation.cu", "largest == 0.0f ? kMinScale : ", "", case="silu, scales"
-    ),
-    "activation: rows of the other way": Mutation(
-        "activation.cu", "if (to_do) store(y, scale);", "if (low) store(y, scale);",
-        case="silu, scales",
-    ),
-    "activation: last rows": Mutation(
-        "activation.cu", "inside && row0 + r < p.num_rows", "inside", case="fp8 to fp8, odd tile"
-    ),
-    "activation: next unit": Mutation(
-        "activation.cu", "if (block >= p.num_blocks) block -= p.num_blocks, ++group;", "",
-        case="704, several rounds",
-    ),
-    "activation: 32-bit offsets": Mutation(
-        "activation.cu",
-        "row0 * (kSides * half_bytes)",
-        "row0 * static_cast<unsigned>(kSides * half_bytes)",
-        case="offsets past 2^32",
-    ),
-    "activation: one warp's shuffles": Mutation(
-        "activation.cu", "int offset = kLanes / 2;", "int offset = kLanes;", case="exact"
-    ),
-    "activation: zeros of their sign": Mutation(
-        "e4m3.cuh",
-        "__fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q)",
-        "__fmaf_rn(__fmaf_rn(-b, q, a), reciprocal, q)",
-        "activation", case="exact, from float32",
-    ),
-    "activation: division by infinity": Mutation(
-        "e4m3.cuh", "scale == INFINITY ? 0.0f : scale * factor", "scale * factor", "activation",
-        case="exact, from float32",
-    ),
-    "activation: tiny scales": Mutation(
-        "e4m3.cuh", "scale < 1.0f ? 0x1p64f : 0x1p-64f", "1.0f", "activation", case="midpoints"
-    ),
-    "activation: quotient": Mutation(
-        "e4m3.cuh", "return __fmaf_rn(-__fmaf_rn(b, q, -a), reciprocal, q);", "return q;",
-        "activation", case="midpoints",
-    ),
-    "activation: 448": Mutation(
-        "e4m3.cuh", "quotient(amax, kE4m3Max, 1.0f / kE4m3Max)", "amax * (1.0f / kE4m3Max)",
-        "activation", case="midpoints",
-    ),
     "gemm: rows": Mutation(GEMM, "if (row >= row_end) continue;", "", case="bf16 gated"),
     "gemm: columns": Mutation(GEMM, "if (column >= p.n) continue;", "", case="bf16 gated"),
     "gemm: k": Mutation(GEMM, "const bool k_valid = k < p.k_bytes;", "const bool k_valid = true;"),
@@ -117,16 +58,6 @@ MUTATIONS = {
         GEMM, "if (row_tile >= *p.num_tiles) return;", "", case="fp8 gated to fp8"
     ),
     # Gate and up swapped.
-    "activation: gate and up": Mutation(
-        "activation.cu", "sides[2] = {x + (swapped ? half_bytes : 0)", "sides[2] = {x",
-        case="fp8 to fp8, experts",
-    ),
-    "activation: scales of gate and up": Mutation(
-        "activation.cu", "{scale + (swapped ? half : 0)", "{scale", case="704, several rounds"
-    ),
-    "activation: pairs": Mutation(
-        "activation.cu", "INTERLEAVED == 2 ? 1 - side : side", "side", case="interleaved up first"
-    ),
     "gemm: gate and up": Mutation(
         GEMM,
         "activate(accum[0][i][j][v], accum[kHalves - 1][i][j][v], act)",
@@ -147,10 +78,6 @@ MUTATIONS = {
         "f16x2_from_e4m3x2(bh & 0xffffu), f16x2_from_e4m3x2(bh >> 16)",
         "f16x2_from_e4m3x2(bh >> 16), f16x2_from_e4m3x2(bh & 0xffffu)",
         case="fp8 plain",
-    ),
-    "activation: expert": Mutation(
-        "activation.cu", "p.tile_expert[row0 / p.tile]", "p.tile_expert[row0 / p.tile / 2]",
-        case="interleaved up first",
     ),
     "gemm: expert": Mutation(
         GEMM, "p.tile_expert[row_tile];", "p.tile_expert[row_tile ? row_tile - 1 : 0];"
@@ -445,10 +372,6 @@ MUTATIONS = {
     "finalize: slot of -1": Mutation(
         "finalize.cu", "if (row[k] < 0) continue;", "", case="tails"
     ),
-    "activation: padding": Mutation(
-        "activation.cu", "p.token_idx[row0 + r] >= 0", "p.token_idx[row0 + r] >= -1",
-        case="interleaved up first",
-    ),
     # Arithmetic that must be exact, and order.
     "exact: order of the sum": Mutation(
         "exact.cuh",
@@ -460,13 +383,6 @@ MUTATIONS = {
     "e4m3: scale": Mutation(
         "e4m3.cuh", "__fdiv_rn(amax, kE4m3Max)", "__fmul_rn(amax, 1.0f / kE4m3Max)",
         "quantize_fp8_block", case="extreme",
-    ),
-    "activation: limit of up": Mutation(
-        "activation.cuh", "x < -limit ? -limit : x", "x", "activation"
-    ),
-    "activation: NaN of relu2": Mutation(
-        "activation.cuh", "x < 0.0f ? 0.0f : x", "x > 0.0f ? x : 0.0f", "activation",
-        case="relu2, fp8 to fp8",
     ),
     "finalize: fused": Mutation(
         "finalize.cu",

@@ -39,6 +39,7 @@ def test_chunks(columns: int) -> None:
 
 def test_every_sm_has_a_chunk() -> None:
     assert routing.chunk_tokens(1, 8) == routing.MIN_CHUNK_TOKENS
+    assert [routing.chunk_tokens(t, 8) for t in (257, 1024, 1025)] == [5, 16, 8]
     assert routing.chunk_tokens(16384, 8) == 125
     assert routing.MAX_CHUNKS == -(-16384 // 125)
 
@@ -54,14 +55,22 @@ def test_launches(arch: str, num_sms: int, cluster: int) -> None:
     specs = routing.route_permute_specs(from_logits(1), arch)
     compiled = {dict(s.defines)["CLUSTER"] for s in specs if s.name == "routing_permute"}
     assert {1, cluster or 1} <= compiled
-    one, each = routing.BLOCK_TOKENS, routing.CLUSTER_TOKENS
+    one, each = routing.BLOCK_TOKENS * (1 if cluster else 2), routing.CLUSTER_TOKENS
     slots, slots_each = routing.BLOCK_SLOTS // 8, routing.CLUSTER_SLOTS // 8
+    small = min(cluster, routing.CLUSTER)
     for source, first, more in ((from_logits, one, each), (given, slots, slots_each)):
         assert [routing.num_blocks(source(t), cluster) for t in (0, 1, first)] == [1, 1, 1]
-        assert routing.num_blocks(source(first + 1), cluster) == cluster
+        few = small if source is from_logits else cluster
+        assert routing.num_blocks(source(first + 1), cluster) == few
         last = cluster * more or first
         assert routing.num_blocks(source(last), cluster) == (cluster or 1)
         assert routing.num_blocks(source(last + 1), cluster) == 0
+
+
+def test_small_cluster() -> None:
+    most = routing.CLUSTER * routing.SMALL_CLUSTER_TOKENS
+    assert [routing.num_blocks(from_logits(t), 16) for t in (most, most + 1)] == [8, 16]
+    assert [routing.num_blocks(from_logits(t), 8) for t in (most, most + 1)] == [8, 8]
 
 
 @pytest.mark.parametrize("num_local", [0, 1, 2, 33, 2048])

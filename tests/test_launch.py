@@ -258,8 +258,9 @@ class TestLaunchWithoutGpu:
         kernel = get_kernel(SMEM_SPEC)  # 64 bytes static
         for nbytes in (49088, 100_000, 60_000, 100_000, 232384):
             launch(kernel, LaunchConfig((1,), (32,), smem_bytes=nbytes), axpy_params(), 0)
+        carveout = ("CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT", 100, 0)
         name = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
-        assert fake.attributes == [(name, 100_000, 0), (name, 232384, 0)]
+        assert fake.attributes == [carveout, (name, 100_000, 0), (name, 232384, 0)]
         with pytest.raises(ValueError, match="nbytes: expected at most 232384 .* got 232385"):
             launch(kernel, LaunchConfig((1,), (32,), smem_bytes=232385), axpy_params(), 0)
 

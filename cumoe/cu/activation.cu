@@ -95,6 +95,16 @@ __device__ __forceinline__ void unpack(float (&v)[kColumns], const uint4 (&raw)[
   }
 }
 
+/// Loads the tokens of a row group, -1 for padding; 0 where every row counts, or there is none.
+__device__ __forceinline__ void load_tokens(int32_t (&tokens)[ROWS], const Params& p,
+                                            unsigned row0) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    tokens[r] = 0;
+    if (p.token_idx != nullptr && row0 + r < p.num_rows) tokens[r] = p.token_idx[row0 + r];
+  }
+}
+
 /// Rounds and stores a lane's 16 columns of one row.
 __device__ __forceinline__ void store_row(uint8_t* to, const float (&y)[kColumns], bool high) {
 #pragma unroll
@@ -181,6 +191,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   int block = unit - group * p.num_blocks;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
+  int32_t tokens[ROWS];
+  load_tokens(tokens, p, group * ROWS);
   // Needed only after the first token_idx, so that few tokens wait for one load and not for two.
   const unsigned num_held = p.num_held_rows != nullptr ? *p.num_held_rows : p.num_rows;
 
@@ -192,10 +204,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     unsigned held = 0;  // bit r: row0 + r is no padding
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      bool valid = inside && row0 + r < p.num_rows;
-      if (p.token_idx != nullptr && valid) valid = p.token_idx[row0 + r] >= 0;
-      held |= static_cast<unsigned>(valid && row0 + r < num_held) << r;
+      held |= static_cast<unsigned>(inside && tokens[r] >= 0 && row0 + r < num_held) << r;
     }
+    const unsigned wrapped = block + p.block_step >= p.num_blocks;
+    const unsigned next_group = group + p.group_step + wrapped;
+    load_tokens(tokens, p, next_group * ROWS);  // of the next round, while this one computes
     if (__any_sync(kFullMask, held)) {
       const int64_t size = p.intermediate_size, half_bytes = size * kBytesIn;
       const uint8_t* x = p.x + row0 * (kSides * half_bytes) +
@@ -265,8 +278,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
         if (to_do) store(y, scale);
       }
     }
-    group += p.group_step;
-    block += p.block_step;
-    if (block >= p.num_blocks) block -= p.num_blocks, ++group;
+    group = next_group;
+    block += p.block_step - wrapped * p.num_blocks;
   } while (__any_sync(kFullMask, group * ROWS < num_held));
 }

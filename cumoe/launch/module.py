@@ -48,6 +48,7 @@ class Kernel:
     __slots__ = (
         "_cluster_devices",
         "_loaded_devices",
+        "_shared_devices",
         "_smem_bytes",
         "arch",
         "function",
@@ -76,6 +77,7 @@ class Kernel:
         self._smem_bytes: dict[int, int] = {}
         self._cluster_devices: set[int] = set()
         self._loaded_devices: set[int] = set()
+        self._shared_devices: set[int] = set()
 
     def __repr__(self) -> str:
         return f"Kernel({self.spec.name!r}, arch={self.arch!r})"
@@ -97,6 +99,10 @@ class Kernel:
     def set_max_smem(self, nbytes: int, device: Device) -> None:
         """Allow launches with up to ``nbytes`` of dynamic shared memory on ``device``.
 
+        All kernels that take any get the largest part of an SM's memory that can be shared: blocks
+        of kernels with different parts are never on one SM together, so a dependent launch would
+        find no place before its predecessor has ended.
+
         Parameters
         ----------
         nbytes : int
@@ -111,14 +117,17 @@ class Kernel:
             If the driver refuses.
         """
         static_bytes = self.resources.static_smem_bytes
-        if nbytes <= self._smem_bytes.get(device.ordinal, _DEFAULT_SMEM_BYTES - static_bytes):
-            return
         if nbytes + static_bytes > device.max_smem_bytes:
             raise ValueError(
                 f"nbytes: expected at most {device.max_smem_bytes - static_bytes} bytes of dynamic "
                 f"shared memory for {self.spec.name} on {device.name} ({device.max_smem_bytes} "
                 f"less {static_bytes} static), got {nbytes}"
             )
+        if nbytes and device.ordinal not in self._shared_devices:
+            self._set_attribute("PREFERRED_SHARED_MEMORY_CARVEOUT", 100, device)
+            self._shared_devices.add(device.ordinal)
+        if nbytes <= self._smem_bytes.get(device.ordinal, _DEFAULT_SMEM_BYTES - static_bytes):
+            return
         self._set_attribute("MAX_DYNAMIC_SHARED_SIZE_BYTES", nbytes, device)
         self._smem_bytes[device.ordinal] = nbytes
 
