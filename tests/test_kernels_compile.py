@@ -2,9 +2,9 @@
 
 Needs NVRTC but neither a GPU nor a driver. Cubins go to the user's cache, so a second run is quick.
 All configurations that can run on sm_90a and sm_80 are there; for the architectures between and
-after them all that a layer takes, and of the rest the lowest and the highest tile, and one of two
-all-reduces and orders. Grouped GEMMs that gather without gating, or the reverse, are compiled for
-sm_90a alone.
+after them all that a layer takes, and of the rest the highest tile, where registers are short, and
+one of two all-reduces and orders. Grouped GEMMs that gather without gating, or the reverse, are
+compiled for sm_90a alone, at that tile.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def epilogue_specs(arch: str) -> Iterator[Shipped]:
     dtypes = ("bfloat16", FP8.name, FP8_TENSOR)
     for activation, dtype in itertools.product(ACTIVATIONS[1:], dtypes):
         gated = activation.gated
-        for tile in extremes(tuning.tiles(dtype), arch):
+        for tile in thinned(tuning.tiles(dtype), arch):
             problem = GroupedGemmProblem(dtype, dtype, gated, True, tile, not gated)
             config = tuning.select_config(problem, limit)
             spec = gemm_spec(problem, config, activation)
@@ -210,9 +210,9 @@ def epilogue_specs(arch: str) -> Iterator[Shipped]:
                 yield Shipped(spec, tuning.sm90_smem_bytes(hopper, problem))
 
 
-def extremes(tiles: tuple[int, ...], arch: str) -> tuple[int, ...]:
-    """Return all tile heights, or the lowest and the highest."""
-    return tiles if arch in WHOLE else (tiles[0], tiles[-1])
+def thinned(tiles: tuple[int, ...], arch: str) -> tuple[int, ...]:
+    """Return all tile heights, or the highest."""
+    return tiles if arch in WHOLE else tiles[-1:]
 
 
 def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
@@ -234,9 +234,10 @@ def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
             (FP8_TENSOR, FP8_TENSOR if gated else "bfloat16"),
         )
         weighted = ("float32", "bfloat16") if out == FP8_TENSOR and gather else ()
-        tiles = tuning.tiles(dtype)
+        every = tuning.tiles(dtype)
+        some = thinned(every, arch) if gated == gather else every[-1:]
         for weights in (None, *weighted):
-            for tile in tiles if in_layer and weights is None else extremes(tiles, arch):
+            for tile in every if in_layer and weights is None else some:
                 problem = GroupedGemmProblem(dtype, out, gated, gather, tile, weights_dtype=weights)
                 config = tuning.select_config(problem, limit)
                 spec = kernels.grouped_gemm_spec(problem, config)
