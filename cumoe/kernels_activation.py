@@ -31,10 +31,10 @@ BLOCKS_PER_SM: dict[int, dict[int, int]] = {
     4: {1: 5},
 }
 """Bytes of an input element -> rows of a unit -> blocks of the grid per SM, which bound the
-kernel's registers. H200, DeepSeek-V3, us at 256 / 4096 / 16384 tokens for rows x blocks: fp8 1x8
-8.9 / 80.4 / 296, 1x10 7.3 / 80.3 / 296, 1x12 8.1 / 76.3 / 288, 2x8 8.5 / 78.1 / 286, 4x5 10.9 /
-83.4 / 287, 4x6 10.3 / 77.9 / 278; bf16 1x8 8.2 / 89.8 / 335, 1x10 6.8 / 89.9 / 343, 2x6 8.9 /
-90.1 / 340."""
+kernel's registers. H200, 2048 columns, us for rows x blocks: fp8, 32768 / 131072 rows in order 1x10
+63 / 245, 1x12 (spills) 64 / 271, 2x6 65 / 250, 2x8 62 / 241, 2x10 (spills) 78 / 304, 4x4 65 / 249,
+4x5 63 / 242, 4x6 62 / 233; bf16, at 256 / 4096 / 16384 tokens of DeepSeek-V3 1x8 8.2 / 89.8 / 335,
+1x10 6.8 / 89.9 / 343, 2x6 8.9 / 90.1 / 340."""
 
 WAVES = 16
 """Units that each group of lanes must have before a unit takes more rows."""

@@ -337,7 +337,7 @@ class TestRanks:
 
     def test_protocols(self):
         there = ranks.Ranks(np, SimpleNamespace(rank=0, size=4), None, None, None, 64, 7168)
-        for protocol, most in (("auto", 54), ("two_shot", 1), ("mixed", 8), ("one_shot", 64)):
+        for protocol, most in (("auto", 32), ("two_shot", 1), ("mixed", 8), ("one_shot", 64)):
             ranks.force_protocol(protocol, 4, 64 * 7168 * 2)
             assert there.one_shot_tokens == most
             assert there.protocol(most) == "one_shot"
