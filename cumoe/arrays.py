@@ -28,41 +28,61 @@ DTYPES: dict[str, np.dtype] = {
     "int32": np.dtype(np.int32),
 }
 FP8 = "float8_e4m3fn"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HOST = -1  # where a device has its ordinal
+_device_arrays: list[type] = []  # CuPy's, once it is imported
 _DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_MANAGED = 1, 2, 13
 
 
 def is_device(x: object) -> bool:
     """Tell whether `x` is a CuPy array."""
-    # Another thread may be importing CuPy just now; nobody has an array of it before it has come.
-    return isinstance(x, getattr(sys.modules.get("cupy"), "ndarray", ()))
+    if not _device_arrays:
+        # Another thread may be importing CuPy; nobody has an array of it before it has come.
+        found = getattr(sys.modules.get("cupy"), "ndarray", None)
+        if found is None:
+            return False
+        _device_arrays.append(found)
+    return isinstance(x, _device_arrays[0])
 
 
 def place_of(x: Array) -> str:
     """Return where a native array lives: ``"host"`` or ``"cuda:<ordinal>"``."""
-    return f"cuda:{x.device.id}" if is_device(x) else "host"
+    return _place_name(_place(x))
+
+
+def _place(x: Array) -> int:
+    # NOTE: not x.device, an object made for each question.
+    return int(x.data.device_id) if is_device(x) else _HOST
+
+
+def _place_name(place: int) -> str:
+    return "host" if place == _HOST else f"cuda:{place}"
 
 
 def same_place(arrays: dict[str, Array | None]) -> str:
     """Return the one place all arrays live in, or raise naming the two that differ."""
-    first: tuple[str, str] | None = None
+    first: tuple[str, int] | None = None
     for name, x in arrays.items():
         if x is None:
             continue
-        place = place_of(x)
+        place = _place(x)
         if first is None:
             first = (name, place)
         elif place != first[1]:
             raise ValueError(
-                f"{name}: expected an array on {first[1]} like {first[0]}, got one on {place}"
+                f"{name}: expected an array on {_place_name(first[1])} like {first[0]}, got one on "
+                f"{_place_name(place)}"
             )
     if first is None:
         raise ValueError("expected at least one array, got none")
-    return first[1]
+    return _place_name(first[1])
 
 
 def dtype_name(x: Any) -> str:
     """Return the dtype of an array of any library by its ml_dtypes name."""
     dtype = getattr(x, "dtype", None)
+    if isinstance(dtype, np.dtype) and dtype in _NAMES:
+        return _NAMES[dtype]
     name = getattr(dtype, "name", None) or str(dtype)
     return name.removeprefix("torch.")
 
@@ -105,10 +125,10 @@ def as_native(
         native, got = x, dtype_name(x)
     else:
         native, got = _import_foreign(x, name, writable)
-    accepted = {*dtypes, "uint8"} if FP8 in dtypes else set(dtypes)
-    if got not in accepted:
+    payload = FP8 in dtypes and got in (FP8, "uint8")
+    if not payload and got not in dtypes:
         raise TypeError(f"{name}: expected dtype {' or '.join(dtypes)}, got {got}")
-    if FP8 in dtypes and got in (FP8, "uint8"):
+    if payload:
         want = DTYPES["uint8"] if is_device(native) else DTYPES[FP8]
         native = native if native.dtype == want else native.view(want)
     if ndim is not None and native.ndim != ndim:
@@ -131,12 +151,16 @@ def as_native(
 
 def check_shape(name: str, x: Array, shape: Sequence[int | None]) -> None:
     """Raise unless ``x.shape`` equals `shape`, where ``None`` accepts any size."""
+    got = tuple(x.shape)
+    if len(got) == len(shape):
+        for size, wanted in zip(got, shape, strict=True):
+            if wanted is not None and wanted != size:
+                break
+        else:
+            return
     sizes = ["*" if s is None else str(s) for s in shape]
-    wanted = f"({sizes[0]},)" if len(sizes) == 1 else "(" + ", ".join(sizes) + ")"
-    if x.ndim != len(shape) or any(
-        s is not None and s != got for s, got in zip(shape, x.shape, strict=True)
-    ):
-        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")
+    text = f"({sizes[0]},)" if len(sizes) == 1 else "(" + ", ".join(sizes) + ")"
+    raise ValueError(f"{name}: expected shape {text}, got {got}")
 
 
 def _import_foreign(x: Any, name: str, writable: bool) -> tuple[Array, str]:
@@ -221,18 +245,28 @@ def address(x: Array | None) -> int:
 
 def overlaps(a: Array, b: Array) -> bool:
     """Tell whether the memory spans of two native arrays in one place share a byte."""
-    low_a, low_b = address(a), address(b)
-    if a.size == 0 or b.size == 0:
-        return False
-    high_a = low_a + sum((n - 1) * s for n, s in zip(a.shape, a.strides, strict=True)) + a.itemsize
-    high_b = low_b + sum((n - 1) * s for n, s in zip(b.shape, b.strides, strict=True)) + b.itemsize
+    (low_a, high_a), (low_b, high_b) = _span(a), _span(b)
     return low_a < high_b and low_b < high_a
+
+
+def _span(x: Array) -> tuple[int, int]:
+    """Return the addresses of an array's first byte and of that behind its last."""
+    low = address(x)
+    if x.size == 0:
+        return low, 0  # before any other
+    if x.flags.c_contiguous:
+        return low, low + int(x.nbytes)
+    return low, low + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True)) + x.itemsize
 
 
 def check_no_overlap(name: str, out: Array, inputs: dict[str, Array | None]) -> None:
     """Raise if `out` shares memory with one of the inputs."""
+    place, (low, high) = _place(out), _span(out)
     for other, x in inputs.items():
-        if x is not None and is_device(x) == is_device(out) and overlaps(out, x):
+        if x is None or _place(x) != place:
+            continue
+        other_low, other_high = _span(x)
+        if low < other_high and other_low < high:
             raise ValueError(f"{name}: expected memory of its own, got an overlap with {other}")
 
 

@@ -124,8 +124,7 @@ class LayerCall:
         """Return what two calls must share to run the same plan."""
         names = ("x", "x_scale", "logits", "bias", "ids", "topk_weights", "out")
         arrays = (getattr(self, name) for name in names)
-        kinds = (None if a is None else (a.shape[-1], dtype_name(a)) for a in arrays)
-        return (self.num_tokens, *kinds)
+        return (self.num_tokens, *[None if a is None else (a.shape[-1], a.dtype) for a in arrays])
 
 
 def check_layer(
