@@ -145,7 +145,7 @@ def cluster(blocks: int) -> Cut:
 def chunks(most: int, min_tokens: int = 1) -> Cut:
     """Return what makes any call two launches."""
     cut = {"BLOCK_TOKENS": -1, "BLOCK_SLOTS": -1, "CLUSTER": 0}
-    return {**cut, "MAX_CHUNKS": most, "MIN_CHUNK_TOKENS": min_tokens}
+    return {**cut, "MAX_CHUNKS": most, "FEW_CHUNKS": most, "MIN_CHUNK_TOKENS": min_tokens}
 
 
 def _check(
