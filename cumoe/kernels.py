@@ -78,13 +78,20 @@ def make(
     block: int,
     *,
     smem_bytes: int = 0,
+    cluster: int = 1,
     **fields: Any,
 ) -> Launch:
     """Fill a kernel's parameter struct: arrays become addresses, dicts nested structs."""
     params = np.zeros((), PARAMS[spec.name])
     _fill(params, fields)
     # Programmatic launch hides the launch latency; every kernel waits for its inputs itself.
-    config = LaunchConfig(grid, (block, 1, 1), smem_bytes=smem_bytes, programmatic=True)
+    config = LaunchConfig(
+        grid,
+        (block, 1, 1),
+        cluster=(cluster, 1, 1) if cluster > 1 else None,
+        smem_bytes=smem_bytes,
+        programmatic=True,
+    )
     return Launch(spec, config, params)
 
 

@@ -6,7 +6,8 @@ launch changes no bit of a result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass
 
 from cumoe.arrays import DTYPES, dtype_name
 from cumoe.config import Array
@@ -201,6 +202,7 @@ class Tokens:
         return self.num_tokens * self.hidden_size * int(self.rows.dtype.itemsize)
 
 
+@functools.cache
 def allreduce_spec(
     policy: str,
     dtype: str,
@@ -260,6 +262,7 @@ def allreduce(
         spec,
         (config.num_clusters * config.cluster, 1, 1),
         config.threads,
+        cluster=config.cluster,
         rows=t.rows,
         weights=t.weights,
         permuted_idx=t.permuted_idx,
@@ -287,6 +290,4 @@ def allreduce(
         weight_offset=t.weight_offset,
     )
     launch.params["buffers"][:ranks] = memory.buffers
-    if config.cluster > 1:
-        launch.config = replace(launch.config, cluster=(config.cluster, 1, 1))
     return launch

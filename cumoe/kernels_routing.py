@@ -6,7 +6,7 @@ one launch for few tokens, two for many.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cumoe.arrays import dtype_name
@@ -334,19 +334,17 @@ def _routing_permute(
     tokens = -(-source.num_tokens // blocks)
     warps = _warps(PERMUTE_WARPS, source)
     own_words = experts.num_words + -(-5 * tokens * source.columns // 2)
-    item = make(
+    return make(
         _permute_spec(source, blocks),
         (blocks, 1, 1),
         32 * warps,
         smem_bytes=4 * (_permute_words(experts, warps) + own_words),
+        cluster=blocks,
         chunk_tokens=tokens,
         experts=experts.fields(source.num_tokens),
         tables=_tables(permutation),
         **source.fields(),
     )
-    if blocks > 1:
-        item.config = replace(item.config, cluster=(blocks, 1, 1))
-    return item
 
 
 _PLACE_SPEC = KernelSpec("permute_place", (("NUM_WARPS", PLACE_WARPS),))

@@ -120,12 +120,13 @@ def grouped_gemm(
     gate_first = gated and fields["first_row"] == 0
     a_row, a_block = scale_strides(a_scale)
     out_row, out_block = scale_strides(out_scale)
+    maps: dict[str, Any] = {} if problem.gather else {"a_map": token_map(a, config.block_n)}
     launch = make(
         grouped_gemm_spec(problem, config),
         (num_clusters * config.cluster, 1, 1),
         384,
         smem_bytes=sm90_smem_bytes(config, problem),
-        **({} if problem.gather else {"a_map": token_map(a, config.block_n)}),
+        **maps,
         a=a,
         w_map=weight_map(operand),
         a_scale=a_scale,

@@ -210,11 +210,22 @@ class PreparedLaunch:
         if native is None:
             if len(self._native) >= _MAX_CONFIGS:
                 self._native.clear()
-            native = self._native[stream_ptr] = _build(self.config, stream_ptr)
+            native = self._native[stream_ptr] = _native_of(self.kernel, self.config, stream_ptr)
         address = ctypes.addressof(self._address)
         status = self._launch(native, self._function, address, 0)[0]
         if status:
             _retry(status, self.kernel, native, address)
+
+
+def _native_of(kernel: Kernel, config: LaunchConfig, stream_ptr: int) -> Any:
+    """Return the native configuration, which launches that are made anew each time share."""
+    key = (config, stream_ptr)
+    native = kernel.launch_configs.get(key)
+    if native is None:
+        if len(kernel.launch_configs) >= _MAX_CONFIGS:
+            kernel.launch_configs.clear()
+        native = kernel.launch_configs[key] = _build(config, stream_ptr)
+    return native
 
 
 def _prepare(kernel: Kernel, config: LaunchConfig, stream_ptr: int, device: Device) -> Any:
