@@ -17,7 +17,7 @@ from tests.host.rows_mutations import ROWS_MUTATIONS
 MAX_SEEDS = 12
 
 
-GEMM, SM90 = "sm80_grouped_gemm.cu", "sm90_grouped.cuh"
+GEMM, SM90, SM90_STORE = "sm80_grouped_gemm.cu", "sm90_grouped.cuh", "sm90_store.cuh"
 FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_grouped_gemm"
 SM90_FP8, SM90_BF16 = f"{FP8}.cu", f"{BF16}.cu"
 EMPTY_WAIT = "ring.wait(smem.empty, ring.phase ^ 1);"
@@ -111,7 +111,7 @@ MUTATIONS = {
         SM90, "&staged[g][c]), 4)", "&staged[g][c]), 3)", FP8, case="plain"
     ),
     "sm90: gathered arrivals": Mutation(
-        SM90_FP8, "smem.landed[s]), kGatherThreads)", "smem.landed[s]), 32)", case="gated"
+        SM90_FP8, "&landed[s]), kGatherThreads)", "&landed[s]), 32)", case="gated"
     ),
     "sm90: announced": Mutation(
         SM90, "                : ptx::mbarrier_wait(announced, ring.phase);", ": (void)0;", FP8,
@@ -142,7 +142,7 @@ MUTATIONS = {
         SM90_FP8, RELEASE, "", case=DEEP, moved="add(0, false);"
     ),
     "sm90: cluster starts together": Mutation(
-        SM90_FP8, CLUSTER_STARTS, "__syncthreads();", case="clusters, gated"
+        SM90, CLUSTER_STARTS, "__syncthreads();", FP8, case="clusters, gated"
     ),
     "sm90: cluster ends together": Mutation(SM90_FP8, CLUSTER_ENDS, "", case=IDLE),
     # Its loads and stores.
@@ -162,9 +162,9 @@ MUTATIONS = {
         SM90, "row < tile.rows ? row : 0", "row", BF16, case="one token"
     ),
     "sm90: rows": Mutation(
-        SM90, "if (token0 + token >= tile.rows) break;", "", FP8, case="every remainder"
+        SM90_STORE, "if (token0 + token >= tile.rows) break;", "", FP8, case="every remainder"
     ),
-    "sm90: columns": Mutation(SM90, "if (column >= p.n) return;", "", FP8, case="plain"),
+    "sm90: columns": Mutation(SM90_STORE, "if (column >= p.n) return;", "", FP8, case="plain"),
     "sm90: rows, fp8": Mutation(
         SM90_FP8, "i < tile.rows * 8", "i < tile.groups() * 64", case="every remainder, gated"
     ),
@@ -175,15 +175,17 @@ MUTATIONS = {
         SM90, "(t * CLUSTER + rank) * height", "(t + rank) * height", FP8, case=IDLE
     ),
     "sm90: staged": Mutation(
-        SM90, "ring.wait(smem.staged[group], ring.phase);", "", FP8, case="plain"
+        SM90_STORE, "ring.wait(smem.staged[group], ring.phase);", "", FP8, case="plain"
     ),
     "sm90: drained": Mutation(
-        SM90, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
+        SM90_STORE, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
         FP8, case="plain, tile 80",
     ),
-    "sm90: staged for the group": Mutation(SM90, GROUP_MEETS, "", FP8, case="plain, gathered"),
+    "sm90: staged for the group": Mutation(
+        SM90_STORE, GROUP_MEETS, "", FP8, case="plain, gathered"
+    ),
     "sm90: drained by the group": Mutation(
-        SM90, GROUP_MEETS, "", FP8, case="plain, gathered", nth=1
+        SM90_STORE, GROUP_MEETS, "", FP8, case="plain, gathered", nth=1
     ),
     # Its products, scales and fp8 rows.
     "sm90: fence": Mutation(SM90_FP8, "wgmma::fence();", "", case="plain"),
@@ -267,17 +269,19 @@ MUTATIONS = {
         SM90_BF16, "GATED ? kHalfBytes : kHalfBytes / 2", "kHalfBytes / 2", case="gated"
     ),
     "sm90 bf16: gate and up": Mutation(
-        SM90, "activate(x, GATED ? accum[1][i] : x, act)", "activate(accum[1][i], x, act)",
+        SM90_STORE, "activate(x, GATED ? accum[1][i] : x, act)", "activate(accum[1][i], x, act)",
         BF16, case="gated",
     ),
-    "sm90 bf16: staged for the group": Mutation(SM90, GROUP_MEETS, "", BF16, case="gated"),
-    "sm90 bf16: drained by the group": Mutation(SM90, GROUP_MEETS, "", BF16, case="gated", nth=1),
+    "sm90 bf16: staged for the group": Mutation(SM90_STORE, GROUP_MEETS, "", BF16, case="gated"),
+    "sm90 bf16: drained by the group": Mutation(
+        SM90_STORE, GROUP_MEETS, "", BF16, case="gated", nth=1
+    ),
     "sm90 bf16: drained": Mutation(
-        SM90, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
+        SM90_STORE, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
         BF16, case=DEEP,
     ),
     "sm90 bf16: cluster starts together": Mutation(
-        SM90_BF16, CLUSTER_STARTS, "__syncthreads();", case="clusters, gated"
+        SM90, CLUSTER_STARTS, "__syncthreads();", BF16, case="clusters, gated"
     ),
     "sm90 bf16: cluster ends together": Mutation(SM90_BF16, CLUSTER_ENDS, "", case=IDLE),
     # Scales of tensors, and weights of tokens.
@@ -346,18 +350,18 @@ MUTATIONS = {
         SM90_BF16, "e4m3x2_from_f32(y[1], y[3])", "e4m3x2_from_f32(y[0], y[2])", case="fp8 gated"
     ),
     "sm90 tensor: order of columns": Mutation(
-        SM90, "__byte_perm(v.x, v.y, 0x7531)", "__byte_perm(v.z, v.w, 0x7531)", BF16,
+        SM90_STORE, "__byte_perm(v.x, v.y, 0x7531)", "__byte_perm(v.z, v.w, 0x7531)", BF16,
         case="fp8 gated",
     ),
     "sm90 tensor: pieces of a row": Mutation(
-        SM90, "64 * ELEM_BYTES / 16", "8", BF16, case="fp8 gated"
+        SM90_STORE, "64 * ELEM_BYTES / 16", "8", BF16, case="fp8 gated"
     ),
     "sm90 tensor: staged for the group": Mutation(SM90_BF16, GROUP_MEETS, "", case="fp8 gated"),
     "sm90 tensor: drained by the group": Mutation(
         SM90_BF16, GROUP_MEETS, "", case="fp8 every remainder, gated", nth=1
     ),
     "sm90 tensor: staged": Mutation(
-        SM90, "ring.wait(smem.staged[group], ring.phase);", "", BF16,
+        SM90_STORE, "ring.wait(smem.staged[group], ring.phase);", "", BF16,
         case="fp8 gated, rows in order",
     ),
     "sm90 tensor: drained": Mutation(

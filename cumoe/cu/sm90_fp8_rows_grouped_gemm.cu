@@ -12,6 +12,7 @@
 // From -D   those of sm90_grouped.cuh; ACTIVATED writes fp8 with 1 x 128 scales, else bf16
 #define WHOLE_BLOCKS 1
 #include "sm90_grouped.cuh"
+#include "sm90_store.cuh"
 
 using namespace cumoe;
 
@@ -27,6 +28,14 @@ struct Smem : Shared {
   float scale[NUM_STAGES][BLOCK_N];  // of the tokens
   float2 weight_scale[NUM_STAGES];   // of the two halves
   uint64_t landed[NUM_STAGES];       // gathered tokens, of which warp 3 tells the consumers
+
+  __device__ __forceinline__ void init(int arrivals, int helpers) {
+    Shared::init(arrivals, helpers);
+    for (int s = 0; s < NUM_STAGES; ++s) {
+      ptx::mbarrier_init(ptx::smem_address(&landed[s]), kGatherThreads);
+    }
+    ptx::fence_mbarrier_init();
+  }
 };
 
 /// Warp 3: the scales of every stage, loaded two stages ahead; then gathered tokens are announced, too.
@@ -249,19 +258,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  if (threadIdx.x == 0) {
-    if constexpr (!GATHER) ptx::prefetch_tensor_map(&p.a_map);
-    ptx::prefetch_tensor_map(&p.w_map);
-    smem.init(1, GATHER || !ACTIVATED ? 3 : 1);
-    for (int s = 0; s < NUM_STAGES; ++s) {
-      ptx::mbarrier_init(ptx::smem_address(&smem.landed[s]), kGatherThreads);
-    }
-    ptx::fence_mbarrier_init();
-  }
-  // The blocks of a cluster write to each other's barriers and shared memory: all must be there.
-  CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();
-  ptx::griddepcontrol_wait();
-  const Work work(p, ceil_div(p.k_bytes, 128));
+  const Work work = start_block(p, smem, 1, GATHER || !ACTIVATED ? 3 : 1);
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0) {

@@ -13,6 +13,7 @@
 //
 // From -D   TYPE (kBf16 kE4m3Tensor) WEIGHTS_TYPE (kNoType kBf16 kF32) and those of sm90_grouped.cuh
 #include "sm90_grouped.cuh"
+#include "sm90_store.cuh"
 
 using namespace cumoe;
 
@@ -158,15 +159,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   Shared& smem = *reinterpret_cast<Shared*>(smem_bytes);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  if (threadIdx.x == 0) {
-    if constexpr (!GATHER) ptx::prefetch_tensor_map(&p.a_map);
-    ptx::prefetch_tensor_map(&p.w_map);
-    smem.init(GATHER ? kGatherThreads : 0, GATHER ? 3 : 2);
-  }
-  // The blocks of a cluster write to each other's barriers and shared memory: all must be there.
-  CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();
-  ptx::griddepcontrol_wait();
-  const Work work(p, ceil_div(p.k_bytes, 128));
+  const Work work = start_block(p, smem, GATHER ? kGatherThreads : 0, GATHER ? 3 : 2);
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0) {
