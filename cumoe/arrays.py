@@ -81,9 +81,8 @@ def same_place(arrays: dict[str, Array | None]) -> str:
 def dtype_name(x: Any) -> str:
     """Return the dtype of an array of any library by its ml_dtypes name."""
     dtype = getattr(x, "dtype", None)
-    if isinstance(dtype, np.dtype) and dtype in _NAMES:
-        return _NAMES[dtype]
-    name = getattr(dtype, "name", None) or str(dtype)
+    name = _NAMES.get(dtype) if isinstance(dtype, np.dtype) else None
+    name = name or getattr(dtype, "name", None) or str(dtype)
     return name.removeprefix("torch.")
 
 

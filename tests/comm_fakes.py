@@ -7,11 +7,12 @@ import ctypes
 import itertools
 import os
 import threading
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 
-from cumoe.comm import ThreadGroup, run_ranks
+from cumoe.comm import ThreadGroup, nccl, run_ranks, workspace
 from cumoe.comm.layout import SENTINEL
 
 rank_here = threading.local()
@@ -138,6 +139,15 @@ class Machine:
 
     def position(self, rank, event):
         return self.log.index((rank, event))
+
+
+def processes(monkeypatch, load=None):
+    """Make every thread count as a process of a new machine; `load` loads NCCL, by default its."""
+    made = Machine()
+    monkeypatch.setattr(workspace, "PeerMemory", made.memory)
+    monkeypatch.setattr(workspace, "os", SimpleNamespace(getpid=threading.get_ident))
+    monkeypatch.setattr(nccl, "load", load or made.nccl)
+    return made
 
 
 class FakeMemory:

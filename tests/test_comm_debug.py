@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comm_fakes import Machine, MpiLike, good, on, outcomes
+from comm_fakes import MpiLike, good, on, outcomes, processes
 
 from cumoe.comm import (
     AllReduced,
@@ -29,10 +29,8 @@ from cumoe.comm import (
     connect_tcp,
     debug,
     finalize_allreduce,
-    nccl,
     reduce_allreduce,
     wire,
-    workspace,
 )
 from cumoe.comm.debug import Comparison, compare_calls, describe
 from cumoe.kernels_comm import Tokens
@@ -143,12 +141,8 @@ DIFFERENT: dict[str, tuple[Any, Any, str, str]] = {
 @pytest.fixture
 def machine(monkeypatch):
     """A machine on which every thread counts as a process."""
-    made = Machine()
-    monkeypatch.setattr(workspace, "PeerMemory", made.memory)
-    monkeypatch.setattr(workspace, "os", SimpleNamespace(getpid=threading.get_ident))
-    monkeypatch.setattr(nccl, "load", made.nccl)
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
-    return made
+    return processes(monkeypatch)
 
 
 class TestDifferent:
@@ -315,11 +309,13 @@ class TestLaunches:
 class TestMissing:
     """A rank that does not come: the others hear of it in time."""
 
-    def test_late(self, machine):
+    @staticmethod
+    def late(size, like=lambda group: group):
+        """What the ranks get when rank 1 of a group does not come."""
         release = threading.Event()
 
         def work(group):
-            made = Workspace(group, 8, 64, debug=True)
+            made = Workspace(like(group), 8, 64, debug=True)
             made.timeout_s = 0.2
             if group.rank == 1:
                 release.wait(10)
@@ -329,27 +325,17 @@ class TestMissing:
             finally:
                 release.set()
 
-        found = on(3, work)
+        return on(size, work)
+
+    def test_late(self, machine):
+        found = self.late(3)
         assert type(found[0]) is GroupError and type(found[2]) is GroupError
         assert "rank 1 did not come to allgather() within 0.2 s" in str(found[0])
 
     def test_late_by_mpi(self, machine):
         """Which rank it is MPI does not tell."""
         barriers: dict = {}
-        release = threading.Event()
-
-        def work(group):
-            made = Workspace(MpiLike(group, barriers), 8, 64, debug=True)
-            made.timeout_s = 0.2
-            if group.rank == 1:
-                release.wait(10)
-                return None
-            try:
-                allreduce(X, made)
-            finally:
-                release.set()
-
-        error = on(2, work)[0]
+        error = self.late(2, lambda group: MpiLike(group, barriers))[0]
         assert type(error) is GroupError and "rank 0 waited 0.2 s" in str(error)
 
     def test_ended(self, machine):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comm_fakes import FakeNccl, Machine, good, nccl_sum, on, rank_here
+from comm_fakes import FakeNccl, good, nccl_sum, on, processes, rank_here
 
 from cumoe.comm import (
     AllReduced,
@@ -41,12 +41,8 @@ OP = import_module("cumoe.comm.allreduce")  # the function has its name
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with NCCL on which every thread counts as a process."""
-    made = Machine()
-    monkeypatch.setattr(workspace, "PeerMemory", made.memory)
-    monkeypatch.setattr(workspace, "os", SimpleNamespace(getpid=threading.get_ident))
-    monkeypatch.setattr(nccl, "load", made.nccl)
     monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
-    yield made
+    yield processes(monkeypatch)
     os.environ.pop("NCCL_NVLS_ENABLE", None)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from comm_fakes import Machine, MpiLike, good, on, rank_here
+from comm_fakes import MpiLike, good, on, processes, rank_here
 
 from cumoe.comm import (
     CheckedGroup,
@@ -15,7 +15,6 @@ from cumoe.comm import (
     SingleGroup,
     Workspace,
     WorkspaceError,
-    nccl,
     workspace,
 )
 from cumoe.comm.layout import SENTINEL, STATE_WORDS, workspace_bytes
@@ -28,15 +27,11 @@ EVENTS = ("allocate", "fill", "export", "open", "reach", "synchronize", "close",
 @pytest.fixture
 def machine(monkeypatch):
     """A machine on which every thread counts as a process."""
-    made = Machine()
-    monkeypatch.setattr(workspace, "PeerMemory", made.memory)
-    monkeypatch.setattr(workspace, "os", SimpleNamespace(getpid=threading.get_ident))
 
     def load():
         raise LaunchError("there is no NCCL")
 
-    monkeypatch.setattr(nccl, "load", load)
-    return made
+    return processes(monkeypatch, load)
 
 
 @pytest.fixture

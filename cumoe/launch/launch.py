@@ -141,17 +141,7 @@ def launch(kernel: Kernel, config: LaunchConfig, params: np.ndarray, stream_ptr:
     No host synchronisation. The native configuration is built once for each kernel, config and
     stream.
     """
-    key = (config, stream_ptr, current_ordinal())
-    native = kernel.launch_configs.get(key)
-    if native is None:
-        if len(kernel.launch_configs) >= _MAX_CONFIGS:
-            kernel.launch_configs.clear()
-        native = kernel.launch_configs[key] = _prepare(kernel, config, stream_ptr, current_device())
-    address = ctypes.c_void_p(_params_address(kernel, params))
-    driver = require("cuda.bindings.driver")
-    status = driver.cuLaunchKernelEx(native, kernel.function, ctypes.addressof(address), 0)[0]
-    if status:
-        _retry(status, kernel, native, ctypes.addressof(address))
+    PreparedLaunch(kernel, config, params).run(stream_ptr)
 
 
 class PreparedLaunch:
@@ -226,12 +216,6 @@ def _native_of(kernel: Kernel, config: LaunchConfig, stream_ptr: int) -> Any:
             kernel.launch_configs.clear()
         native = kernel.launch_configs[key] = _build(config, stream_ptr)
     return native
-
-
-def _prepare(kernel: Kernel, config: LaunchConfig, stream_ptr: int, device: Device) -> Any:
-    """Opt the kernel in to what a config needs and build the native configuration."""
-    _opt_in(kernel, config, device)
-    return _build(config, stream_ptr)
 
 
 def _opt_in(kernel: Kernel, config: LaunchConfig, device: Device) -> None:

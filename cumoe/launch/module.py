@@ -48,7 +48,6 @@ class Kernel:
     __slots__ = (
         "_cluster_devices",
         "_loaded_devices",
-        "_shared_devices",
         "_smem_bytes",
         "arch",
         "function",
@@ -77,7 +76,6 @@ class Kernel:
         self._smem_bytes: dict[int, int] = {}
         self._cluster_devices: set[int] = set()
         self._loaded_devices: set[int] = set()
-        self._shared_devices: set[int] = set()
 
     def __repr__(self) -> str:
         return f"Kernel({self.spec.name!r}, arch={self.arch!r})"
@@ -123,13 +121,12 @@ class Kernel:
                 f"shared memory for {self.spec.name} on {device.name} ({device.max_smem_bytes} "
                 f"less {static_bytes} static), got {nbytes}"
             )
-        if nbytes and device.ordinal not in self._shared_devices:
+        if nbytes and device.ordinal not in self._smem_bytes:
             self._set_attribute("PREFERRED_SHARED_MEMORY_CARVEOUT", 100, device)
-            self._shared_devices.add(device.ordinal)
-        if nbytes <= self._smem_bytes.get(device.ordinal, _DEFAULT_SMEM_BYTES - static_bytes):
-            return
-        self._set_attribute("MAX_DYNAMIC_SHARED_SIZE_BYTES", nbytes, device)
-        self._smem_bytes[device.ordinal] = nbytes
+            self._smem_bytes[device.ordinal] = _DEFAULT_SMEM_BYTES - static_bytes
+        if nbytes and nbytes > self._smem_bytes[device.ordinal]:
+            self._set_attribute("MAX_DYNAMIC_SHARED_SIZE_BYTES", nbytes, device)
+            self._smem_bytes[device.ordinal] = nbytes
 
     def allow_nonportable_cluster(self, device: Device) -> None:
         """Allow clusters of more than 8 blocks on ``device``.
