@@ -51,15 +51,6 @@ __device__ __forceinline__ uint32_t e2m1x8_from_f32(const float* x, float factor
   return (codes[0] + (codes[1] << 4)) | (signs[0] >> 4 & 0x08080808u) | (signs[1] & 0x80808080u);
 }
 
-/// Whether a value is NaN or infinite. Multiplications only: the kernels wait for the other pipe.
-template <int kCount>
-__device__ __forceinline__ bool any_not_finite(const float (&x)[kCount]) {
-  float zero = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) zero = __fmaf_rn(x[i], 0.0f, zero);
-  return zero != 0.0f;  // NaN
-}
-
 /// The global scale that maps the largest magnitude of a tensor to the largest number.
 __device__ __forceinline__ float nvfp4_global_scale(float amax) {
   return fminf(fmaxf(__fdiv_rn(kFp4Max, amax), kMinScale), 3.402823466e38f);

@@ -113,6 +113,26 @@ __device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   return r;
 }
 
+/// Larger of two values, NaN if either is (PTX ISA, "max").
+__device__ __forceinline__ float max_nan_f32(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+/// Larger magnitudes of two pairs of fp16 or of bf16 values, each NaN if either is; the sign is that of the
+/// product (PTX ISA, "max", from sm_86 on).
+__device__ __forceinline__ uint32_t absmax_nan_f16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ uint32_t absmax_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
 /// Widens the fp16 value in bits 0-15 exactly (PTX ISA, "cvt").
 __device__ __forceinline__ float cvt_f32_f16(uint32_t bits) {
   float r;

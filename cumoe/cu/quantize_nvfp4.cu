@@ -66,10 +66,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 6)
     const bool valid = inside && row < p.num_rows;
     float x[kFp4Group];
     raw[r].widen(x);
-    const float amax = amax_of(x);
+    float amax = raw[r].amax_or_nan();
+    const bool has_nan = amax != amax;
+    if (has_nan) amax = amax_of(x);
     const uint32_t scale = nvfp4_scale(amax, global_scale);
     const float factor = nvfp4_factor(scale, global_scale);
-    const bool saturate = any_not_finite(x) || !(__fmul_rn(amax, factor) < 7.0f);
+    const bool saturate = has_nan || !(__fmul_rn(amax, factor) < 7.0f);
     const uint2 word =
         make_uint2(e2m1x8_from_f32(x, factor, saturate), e2m1x8_from_f32(x + 8, factor, saturate));
     if (valid) *reinterpret_cast<uint2*>(p.values + (row * p.num_columns + column) / 2) = word;

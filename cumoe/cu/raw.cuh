@@ -24,6 +24,32 @@ struct Raw {
     }
   }
 
+  /// Largest magnitude; NaN if any value is.
+  __device__ __forceinline__ float amax_or_nan() const {
+#if __CUDA_ARCH__ >= 890
+    if constexpr (kType != kF32) {
+      uint32_t largest = chunk[0].x;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const uint32_t words[4] = {chunk[c].x, chunk[c].y, chunk[c].z, chunk[c].w};
+#pragma unroll
+        for (int i = c == 0; i < 4; ++i) {
+          largest = kType == kBf16 ? ptx::absmax_nan_bf16x2(largest, words[i])
+                                   : ptx::absmax_nan_f16x2(largest, words[i]);
+        }
+      }
+      float low, high;
+      unpack_pair<kType>(low, high, largest);
+      return ptx::max_nan_f32(fabsf(low), fabsf(high));
+    }
+#endif
+    float x[kCount], amax = 0.0f;
+    widen(x);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) amax = ptx::max_nan_f32(amax, fabsf(x[i]));
+    return amax;
+  }
+
   __device__ __forceinline__ void widen(float (&x)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount; i += 8) {

@@ -114,11 +114,11 @@ QUANTIZE_MUTATIONS = {
         "quantize_nvfp4.cu", "if (row < p.scale_rows) {", "{", case="tails"
     ),
     "nvfp4: saturation": Mutation(
-        "quantize_nvfp4.cu", "any_not_finite(x) || !(__fmul_rn(amax, factor) < 7.0f)",
-        "any_not_finite(x)", case="float16",
+        "quantize_nvfp4.cu", "has_nan || !(__fmul_rn(amax, factor) < 7.0f)",
+        "has_nan", case="float16",
     ),
     "nvfp4: NaN": Mutation(
-        "quantize_nvfp4.cu", "any_not_finite(x) || !(__fmul_rn(amax, factor) < 7.0f)",
+        "quantize_nvfp4.cu", "has_nan || !(__fmul_rn(amax, factor) < 7.0f)",
         "!(__fmul_rn(amax, factor) < 7.0f)", case="tails",
     ),
     "nvfp4: sign of NaN": Mutation(

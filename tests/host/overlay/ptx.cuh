@@ -123,6 +123,23 @@ inline uint32_t cvt_f16x2_f32(float low, float high) {
   return cumoe_host::to_f16(low) | cumoe_host::to_f16(high) << 16;
 }
 
+inline float max_nan_f32(float a, float b) {
+  return a != a || b != b ? __builtin_nanf("") : a > b ? a : b;
+}
+
+inline uint32_t absmax_nan_16(uint32_t a, uint32_t b, uint32_t infinity) {
+  const uint32_t x = a & 0x7fffu, y = b & 0x7fffu, largest = x > y ? x : y;
+  return largest > infinity ? 0x7fffu : largest | ((a ^ b) & 0x8000u);
+}
+inline uint32_t absmax_nan_f16x2(uint32_t a, uint32_t b) {
+  return absmax_nan_16(a & 0xffffu, b & 0xffffu, 0x7c00u) | absmax_nan_16(a >> 16, b >> 16, 0x7c00u)
+                                                                << 16;
+}
+inline uint32_t absmax_nan_bf16x2(uint32_t a, uint32_t b) {
+  return absmax_nan_16(a & 0xffffu, b & 0xffffu, 0x7f80u) | absmax_nan_16(a >> 16, b >> 16, 0x7f80u)
+                                                                << 16;
+}
+
 inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   using cumoe_host::from_f16;
   // Products of 11-bit numbers are exact in double.
