@@ -52,9 +52,10 @@ __device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const W
       const int row = tile.row0 + (token < tile.rows ? token : 0);
       a_scale[i] = p.a_scale + (GATHER ? max(p.token_idx[row], 0) : row) * p.a_scale_row_stride;
     }
-    // The second half of the last tile may lie past the matrix: any scale will do for its zeros.
+    // Weights past the matrix, or of no tile, are zeros: any scale will do.
     const int first = lane % 2 == 0 ? p.first_scale_row : p.second_scale_row;
-    const int block = min(first + tile.column_tile * (GATED ? 1 : 2), p.w_scale_rows - 1);
+    const int block =
+        min(first + max(tile.column_tile, 0) * (GATED ? 1 : 2), p.w_scale_rows - 1);
     const float* w_scale =
         p.w_scale + (static_cast<int64_t>(tile.expert) * p.w_scale_rows + block) * work.steps;
     float ahead[kAhead + 1][kPerLane + 1];
@@ -68,7 +69,8 @@ __device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const W
     };
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) load(s, s);
-    for (int step = 0; step < work.steps; ++step, ring.advance()) {
+    const int stages = tile.stages(work.steps);
+    for (int step = 0; step < stages; ++step, ring.advance()) {
       load(kAhead, step + kAhead);
       ring.wait(smem.empty, ring.phase ^ 1);
 #pragma unroll
@@ -212,7 +214,8 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
     in.wait();
     const Tile tile(smem.tiles[in.ring.slot]);
     if (tile.rows <= group * kTokens) {  // nothing here to multiply
-      for (int step = 0; step < work.steps; ++step) {
+      const int stages = tile.stages(work.steps);
+      for (int step = 0; step < stages; ++step) {
         in.wait();
         in.release(in.ring.slot, lane);
         in.ring.advance();

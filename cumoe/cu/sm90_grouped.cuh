@@ -111,7 +111,9 @@ struct Shared {
 
 /// One item of work.
 struct Tile {
-  int expert, row0, rows, column_tile;
+  int expert, row0, rows;
+  int column_tile;     // -1: nothing to do, in one step
+  bool shares = true;  // the blocks of a cluster have the same weights
 
   __device__ __forceinline__ Tile(const Params& p, int item, int rank) {
     expert = p.tile_expert[item / p.num_column_tiles];
@@ -121,13 +123,16 @@ struct Tile {
     const int local = item - first / p.tile * p.num_column_tiles;
     column_tile = local / tiles;
     const int t = local - column_tile * tiles;
-    // The expert's rows in equal steps of eight over the blocks of its tiles; or whole tiles, of which the
-    // last one's rows are split in steps of 64.
-    const int rest = min(p.tile, count - t * p.tile);
-    const int height = WHOLE_BLOCKS ? ceil_div(ceil_div(rest, CLUSTER), 64) * 64
-                                    : ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
-    const int begin = WHOLE_BLOCKS ? t * p.tile + rank * height : (t * CLUSTER + rank) * height;
-    rows = max(min(height, count - begin), 0);
+    int begin;
+    if constexpr (WHOLE_BLOCKS) {
+      begin = t * p.tile;
+      take_rows(p, min(p.tile, count - begin), rank, begin);
+    } else {  // the expert's rows in equal steps of eight over the blocks of its tiles
+      const int height = ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
+      begin = (t * CLUSTER + rank) * height;
+      rows = min(height, count - begin);
+    }
+    rows = max(rows, 0);
     row0 = first + (rows > 0 ? begin : 0);  // without rows one that may be read
   }
 
@@ -135,6 +140,31 @@ struct Tile {
       : expert(v.x), row0(v.y), rows(v.z), column_tile(v.w) {}
 
   __device__ __forceinline__ int groups() const { return ceil_div(rows, 8); }
+
+  /// Stages of this tile, of `steps` of k.
+  __device__ __forceinline__ int stages(int steps) const {
+    return WHOLE_BLOCKS && column_tile < 0 ? 1 : steps;
+  }
+
+ private:
+  /// WHOLE_BLOCKS: this block's of the `rest` rows from `begin` on. Blocks of one cluster have neighbouring
+  /// tokens and the same weights; few rows are one block's, and the other has them with the next
+  /// weights (zeros past the last): then half as many items do, and the others can take 64 rows more.
+  __device__ __forceinline__ void take_rows(const Params& p, int rest, int rank, int& begin) {
+    const int pairs = ceil_div(p.num_column_tiles, 2);
+    const int alone = p.num_column_tiles % 2 == 0 ? BLOCK_N + 64 : BLOCK_N;
+    if (CLUSTER == 1 || rest > alone) {
+      const int height = ceil_div(ceil_div(rest, CLUSTER), 64) * 64;
+      begin += rank * height;
+      rows = min(rest - rank * height, height);
+      return;
+    }
+    shares = false;
+    const int part = column_tile / pairs;
+    begin += part * BLOCK_N;
+    rows = min(rest - part * BLOCK_N, BLOCK_N);
+    column_tile = rows > 0 ? (column_tile - part * pairs) * 2 + rank : -1;
+  }
 };
 
 /// The first item of a cluster, how many there are, which of its blocks this is, and the stages of a tile.
@@ -244,7 +274,8 @@ __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const
   for (; items.left(); items.next()) {
     const Tile tile(p, items.item, work.rank);
     const int boxes = GATHER ? 0 : ceil_div(tile.rows, kBoxRows);
-    for (int step = 0; step < work.steps; ++step, ring.advance()) {
+    const int stages = tile.stages(work.steps);
+    for (int step = 0; step < stages; ++step, ring.advance()) {
       const uint32_t full = ptx::smem_address(&smem.full[ring.slot]);
       const uint32_t stage = ptx::smem_address(smem.stages[ring.slot]);
       ring.wait(smem.empty, ring.phase ^ 1);
@@ -256,7 +287,7 @@ __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const
         const int row = GATED ? tile.column_tile * 128 : tile.column_tile * 256 + h * 128;
         const int half = GATED ? p.first_half ^ h : 0;
         const uint32_t to = stage + h * kHalfBytes;
-        if constexpr (CLUSTER == 1) {
+        if (CLUSTER == 1 || !tile.shares) {
           ptx::tma_load_5d(to, &p.w_map, full, k, block, row, half, tile.expert);
         } else if (h == work.rank) {
           ptx::tma_load_5d_multicast(to, &p.w_map, full, 0x3, k, block, row, half, tile.expert);
@@ -301,7 +332,8 @@ __device__ __forceinline__ void gather_tokens(const Params& p, Shared& smem,
     }
     // NOTE: opaque, or the compiler loads the parameter again for every copy.
     const uint8_t* a = ptx::opaque(p.a);
-    for (int step = 0; step < work.steps; ++step, ring.advance()) {
+    const int stages = tile.stages(work.steps);
+    for (int step = 0; step < stages; ++step, ring.advance()) {
       ring.wait(smem.empty, ring.phase ^ 1);
       const uint32_t stage = ptx::smem_address(smem.stages[ring.slot]);
       const uint32_t to[2] = {stage + offset, stage + (offset ^ kRows % 8 << 4)};

@@ -44,5 +44,13 @@ GEMM90_FP8_ROWS_CASES = [
     ),
     Case("clusters, gated", _rows90(cluster=2, k=640, n=144, order="gate_up", counts=(140, 9, 0))),
     Case("clusters, plain", _rows90(cluster=2, num_sms=2, k=640, n=264, counts=(3, 0, 300, 128))),
+    Case(
+        "clusters, few rows, odd columns",
+        _rows90(cluster=2, num_sms=4, k=400, n=520, counts=(3, 150, 64, 129)),
+    ),
+    Case(
+        "clusters, few rows, gated",
+        _rows90(cluster=2, num_sms=2, k=272, n=400, order="up_gate", counts=(192, 193, 1, 70)),
+    ),
     Case("activated", _rows90(k=272, n=272, activation=Activation("relu2"), tokens=40)),
 ]

@@ -6,6 +6,7 @@ from tests.host.mutations import Mutation
 
 KERNEL = "sm90_fp8_rows_grouped_gemm"
 ROWS = f"{KERNEL}.cu"
+COMMON = "sm90_grouped.cuh"
 DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
 MEETS = "ptx::named_barrier_sync(1 + group, 128);"
 
@@ -46,7 +47,7 @@ ROWS_MUTATIONS = {
             ROWS, "part == 0 ? weight.x", "part == 1 ? weight.x", case="gated"
         ),
         "scale rows of the tile": Mutation(
-            ROWS, "tile.column_tile * (GATED ? 1 : 2)", "tile.column_tile", case="plain"
+            ROWS, "tile.column_tile, 0) * (GATED ? 1 : 2)", "tile.column_tile, 0)", case="plain"
         ),
         "scales loaded ahead": Mutation(
             ROWS, "load(kAhead, step + kAhead)", "load(kAhead, step + 1)", case="gated"
@@ -74,8 +75,21 @@ ROWS_MUTATIONS = {
             ROWS, "if (tile.rows <= group * kTokens) continue;", "", case="shares"
         ),
         "rows of the blocks": Mutation(
-            "sm90_grouped.cuh", "t * p.tile + rank * height", "t * p.tile + rank * 64", KERNEL,
-            case="clusters, plain",
+            COMMON, "begin += rank * height", "begin += rank * 64", KERNEL, case="clusters, plain"
+        ),
+        "few rows, weights": Mutation(
+            COMMON, "shares = false;", "", KERNEL, case="clusters, few rows, gated"
+        ),
+        "few rows, columns": Mutation(
+            COMMON, "(column_tile - part * pairs) * 2", "column_tile * 2", KERNEL,
+            case="clusters, few rows, gated",
+        ),
+        "few rows, two blocks": Mutation(
+            COMMON, "begin += part * BLOCK_N;", "", KERNEL, case="clusters, few rows, gated"
+        ),
+        "nothing left to do": Mutation(
+            COMMON, "column_tile < 0 ? 1 : steps", "column_tile < 0 ? 0 : steps", KERNEL,
+            case="clusters, few rows, gated",
         ),
         "whole blocks": Mutation(
             ROWS, "#define WHOLE_BLOCKS 1", "#define WHOLE_BLOCKS 0", case="shares"
