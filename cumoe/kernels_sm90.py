@@ -66,6 +66,19 @@ def token_map(a: Array, block_n: int) -> np.ndarray:
     )
 
 
+def out_map(out: Array, chunk_rows: int) -> np.ndarray:
+    """Encode the output in boxes of the kernel's kChunkTokens rows and 64 columns."""
+    row_bytes = out.shape[1] * out.dtype.itemsize
+    return encode_tiled(
+        address(out),
+        np.uint8,
+        (out.shape[0], row_bytes),
+        (row_bytes, 1),
+        (chunk_rows, ROW_BYTES),
+        swizzle="128B",
+    )
+
+
 def weight_map(operand: GemmOperand) -> np.ndarray:
     """Encode a weight as (experts, halves, rows, k-blocks, bytes of k) in boxes of 128 rows."""
     w = operand.values
@@ -120,9 +133,12 @@ def grouped_gemm(
     gate_first = gated and fields["first_row"] == 0
     a_row, a_block = scale_strides(a_scale)
     out_row, out_block = scale_strides(out_scale)
+    spec = grouped_gemm_spec(problem, config)
     maps: dict[str, Any] = {} if problem.gather else {"a_map": token_map(a, config.block_n)}
+    if not problem.gather and problem.output_dtype == "bfloat16":
+        maps["out_map"] = out_map(out, 64 if spec.name.startswith("sm90_fp8_rows") else 32)
     launch = make(
-        grouped_gemm_spec(problem, config),
+        spec,
         (num_clusters * config.cluster, 1, 1),
         384,
         smem_bytes=sm90_smem_bytes(config, problem),

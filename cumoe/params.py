@@ -45,6 +45,7 @@ _TOKEN_WEIGHTS = [
 _SM90_GROUPED_GEMM = _struct(
     ("a_map", TENSOR_MAP),
     ("w_map", TENSOR_MAP),
+    ("out_map", TENSOR_MAP),
     *_fields(_POINTER, "a a_scale w_scale out out_scale token_idx tile_expert"),
     *_fields(_POINTER, "expert_offsets tokens_per_expert num_tiles queue"),
     *_fields(_I64, "a_scale_row_stride a_scale_block_stride"),

@@ -54,8 +54,7 @@ __device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const W
     }
     // Weights past the matrix, or of no tile, are zeros: any scale will do.
     const int first = lane % 2 == 0 ? p.first_scale_row : p.second_scale_row;
-    const int block =
-        min(first + max(tile.column_tile, 0) * (GATED ? 1 : 2), p.w_scale_rows - 1);
+    const int block = min(first + max(tile.column_tile, 0) * (GATED ? 1 : 2), p.w_scale_rows - 1);
     const float* w_scale =
         p.w_scale + (static_cast<int64_t>(tile.expert) * p.w_scale_rows + block) * work.steps;
     float ahead[kAhead + 1][kPerLane + 1];
@@ -171,6 +170,7 @@ __device__ __forceinline__ void store_rounded(const Params& p, Smem& smem, const
       }
     }
     if constexpr (kWriters) {
+      ptx::fence_proxy_async();
       arrive_warp(smem.staged[group][ring.slot], lane);
     } else {
       ptx::named_barrier_sync(1 + group, 128);
@@ -190,8 +190,8 @@ __device__ __forceinline__ void write_chunks(const Params& p, Smem& smem, const 
     if (tile.rows <= group * kTokens) continue;
     for (int c = 0; c < 4; ++c, ring.advance()) {
       ring.wait(smem.staged[group], ring.phase);
-      copy_chunk(p, tile, smem.chunks[group][ring.slot], group * kTokens,
-                 tile.column_tile * 256 + c * 64, lane, kWarpSize);
+      write_chunk(p, tile, smem.chunks[group][ring.slot], group * kTokens,
+                  tile.column_tile * 256 + c * 64, lane);
       arrive_warp(smem.drained[group][ring.slot], lane);
     }
   }

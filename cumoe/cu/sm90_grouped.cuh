@@ -34,6 +34,7 @@ namespace cumoe {
 struct Params {
   TensorMap a_map;       // (rows, bytes of k) in boxes of kBoxRows rows; not GATHER
   TensorMap w_map;       // (num_local, halves, rows, k-blocks, bytes), boxes of 128 rows
+  TensorMap out_map;     // (max_rows, bytes of n) in chunks; bf16 and not GATHER
   const uint8_t* a;      // (rows, k)
   const float* a_scale;  // fp8: (rows, k-blocks) at the strides below; of tensors (num_local,)
   const float* w_scale;  // fp8: (num_local, w_scale_rows, k-blocks); of tensors without k-blocks

@@ -42,6 +42,20 @@ __device__ __forceinline__ void copy_chunk(const Params& p, const Tile& tile, co
   }
 }
 
+/// One warp takes a chunk to its rows: by TMA, if it is full.
+template <int ELEM_BYTES = 2>
+__device__ __forceinline__ void write_chunk(const Params& p, const Tile& tile, const uint8_t* chunk,
+                                            int token0, int column0, int lane) {
+  if (ELEM_BYTES == 1 || token0 + kChunkTokens > tile.rows) {
+    copy_chunk<ELEM_BYTES>(p, tile, chunk, token0, column0, lane, kWarpSize);
+  } else if (lane == 0 && column0 < p.n) {
+    ptx::tma_store_2d(&p.out_map, ptx::smem_address(chunk), column0 * ELEM_BYTES,
+                      tile.row0 + token0);
+    ptx::cp_async_bulk_commit_group();
+    ptx::cp_async_bulk_wait_group_read<0>();
+  }
+}
+
 constexpr int kParts = GATED ? 1 : 2;  // of finished rows
 
 /// Column of the output where part `part` of a group's rows begins: gated, its one part; else of two.
@@ -86,6 +100,7 @@ __device__ __forceinline__ void store_bf16(const Params& p, Shared& smem, const 
                                r[2], r[3]);
       }
       if constexpr (kWriters) {
+        ptx::fence_proxy_async();
         arrive_warp(smem.staged[group][ring.slot], lane);
       } else {
         ptx::named_barrier_sync(2 + group, 128);
@@ -107,8 +122,8 @@ __device__ __forceinline__ void write_rows(const Params& p, Shared& smem, const 
     for (int part = 0; part < kParts; ++part) {
       for (int token0 = 0; token0 < tile.rows; token0 += kChunkTokens, ring.advance()) {
         ring.wait(smem.staged[group], ring.phase);
-        copy_chunk<ELEM_BYTES>(p, tile, smem.chunks[group][ring.slot], token0,
-                               first_column(tile, part, group), lane, kWarpSize);
+        write_chunk<ELEM_BYTES>(p, tile, smem.chunks[group][ring.slot], token0,
+                                first_column(tile, part, group), lane);
         arrive_warp(smem.drained[group][ring.slot], lane);
       }
     }
