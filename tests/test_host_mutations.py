@@ -164,6 +164,12 @@ MUTATIONS = {
     "sm90: rows": Mutation(
         SM90_STORE, "if (token0 + token >= tile.rows) break;", "", FP8, case="every remainder"
     ),
+    "sm90: full chunks": Mutation(
+        SM90_STORE, "token0 + kChunkTokens > tile.rows", "false", FP8, case="every remainder"
+    ),
+    "sm90: bulk store has read": Mutation(
+        SM90_STORE, "ptx::cp_async_bulk_wait_group_read<0>();", "", FP8, case="plain, tile 80"
+    ),
     "sm90: columns": Mutation(SM90_STORE, "if (column >= p.n) return;", "", FP8, case="plain"),
     "sm90: rows, fp8": Mutation(
         SM90_FP8, "i < tile.rows * 8", "i < tile.groups() * 64", case="every remainder, gated"
