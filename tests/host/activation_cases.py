@@ -336,7 +336,7 @@ ACTIVATION_CASES = [
     Case(
         "shard, several rounds",
         _activation(
-            272, "gate_up", FP8, FP8, rows=300, shard=True, walk="rows", activation=Activation()
+            272, "gate_up", FP8, FP8, rows=150, shard=True, walk="rows", activation=Activation()
         ),
     ),
     Case("shard, slots", _activation(176, "gate_up", FP8, FP8, rows=21, shard=True, tile=64)),
