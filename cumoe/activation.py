@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cumoe import kernels, kernels_activation
-from cumoe.arrays import FP8, as_native, is_device, same_place
+from cumoe.arrays import DTYPES, FP8, as_native, is_device, same_place
 from cumoe.config import Activation, Array, Permutation, Quantized, check_choice
 from cumoe.custom_activation import check_twin
 from cumoe.launch import get_device
@@ -39,16 +39,17 @@ def activate(
     ----------
     x : array, bfloat16, float16 or float32, shape (num_rows, 2 * intermediate_size), or Quantized
         C-contiguous; ``intermediate_size`` columns for an activation without a gate. The size is a
-        multiple of 8, of 16 if x or the result is fp8. A Quantized x has one scale per row and 128
-        columns of each half: ``scale`` is ``(num_rows, 2 * ceil(intermediate_size / 128))``.
+        multiple of 8, of 16 if x or the result is fp8, and a row less than 4 GiB. A Quantized x has
+        one scale per row and 128 columns of each half: ``scale`` is ``(num_rows, 2 *
+        ceil(intermediate_size / 128))``.
     gate_up_order : {"gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved"}
         Which columns are gate and which up; not interleaved for a Quantized x. None, and only then,
         for an activation without a gate.
     activation : Activation, optional
         By default plain SwiGLU.
     permutation : Permutation, optional
-        Skips padding rows and gives each row its expert's parameters; without it every row counts
-        and parameters are single values.
+        Skips padding, the rows at which no slot points, and gives each row its expert's parameters;
+        without it every row counts and parameters are single values.
     out_dtype : {"bfloat16", "float16", "float32", "float8_e4m3fn"}
         ``"float8_e4m3fn"`` requantises with one scale per row and 128 columns.
     out : array or Quantized, optional
@@ -57,7 +58,7 @@ def activate(
     Returns
     -------
     array or Quantized
-        Padding rows of a permutation are undefined.
+        Padding rows are undefined.
 
     Raises
     ------
@@ -160,7 +161,13 @@ def _check_input(x: Any, order: str | None, out_dtype: str) -> tuple[Array, Arra
         columns = "2 * intermediate_size" if order else "intermediate_size"
         raise ValueError(f"x: expected {columns} columns, got {width}")
     fp8 = isinstance(x, Quantized) or out_dtype == FP8
-    check_multiple("x", "intermediate_size", width // sides, 16 if fp8 else 8)
+    size = width // sides
+    check_multiple("x", "intermediate_size", size, 16 if fp8 else 8)
+    row_bytes = max(width * values.dtype.itemsize, size * DTYPES[out_dtype].itemsize)
+    if row_bytes >= 1 << 32:
+        raise ValueError(
+            f"x: expected rows, and rows of the result, below {1 << 32} bytes, got {row_bytes}"
+        )
     if not isinstance(x, Quantized):
         return values, None
     if order is not None and order.endswith("interleaved"):

@@ -81,23 +81,21 @@ def blocks_per_sm(activation: Activation, element_bytes: int, rows: int) -> int:
     return light if activation.name in LIGHT else min(light, HEAVY_BLOCKS_PER_SM)
 
 
-def select_rows(num_rows: int, num_blocks: int, element_bytes: int, tile: int, num_sms: int) -> int:
+def select_rows(num_rows: int, num_blocks: int, element_bytes: int, num_sms: int) -> int:
     """Return the rows of a unit: as many as leave every SM several times its full number of blocks.
 
     Parameters
     ----------
     num_rows, num_blocks : int
-        Rows that hold values, and blocks of 128 columns of each.
+        Rows or slots that the kernel walks, and blocks of 128 columns of each.
     element_bytes : int
         Of the input.
-    tile : int
-        Tile height of the permutation, a multiple of the rows.
     num_sms : int
         Of the device that runs the kernel.
     """
     for rows, per_sm in sorted(BLOCKS_PER_SM[element_bytes].items(), reverse=True):
         units = -(-num_rows // rows) * num_blocks
-        if tile % rows == 0 and units >= WAVES * per_sm * UNITS_PER_BLOCK * num_sms:
+        if units >= WAVES * per_sm * UNITS_PER_BLOCK * num_sms:
             return rows
     return 1
 
@@ -120,25 +118,29 @@ def activation(
     """
     num_rows, intermediate_size = y.shape
     num_blocks = blocks(intermediate_size)
-    tile, held = (num_rows, num_rows) if permutation is None else (permutation.tile, num_rows)
-    per_expert: dict[str, Any] = {}
+    walked = num_rows
+    tables: dict[str, Any] = {}
     if permutation is not None:
-        held = min(num_rows, int(permutation.permuted_idx.size))
+        num_slots = int(permutation.permuted_idx.size)
+        # The kernel walks the slots unless there are fewer rows: at most so many of either.
+        walked = max(1, min(num_rows, num_slots))
         num_local = int(permutation.tokens_per_expert.shape[0])
-        per_expert = {
+        tables = {
             "num_held_rows": address(permutation.expert_offsets) + 4 * num_local,
             "token_idx": permutation.token_idx,
+            "permuted_idx": permutation.permuted_idx,
+            "num_slots": num_slots,
+            "tile": permutation.tile,
         }
         if any(hasattr(activation.value(name), "shape") for name in PARAMETERS):
-            per_expert["tile_expert"] = permutation.tile_expert
+            tables["tile_expert"] = permutation.tile_expert
     if rows is None:
-        multiple = 4 if permutation is None else tile
-        rows = select_rows(held, num_blocks, x.dtype.itemsize, multiple, num_sms)
+        rows = select_rows(walked, num_blocks, x.dtype.itemsize, num_sms)
     spec = activation_spec(
         dtype_name(x), dtype_name(y), activation, gate_up_order=gate_up_order, rows=rows
     )
     per_sm = blocks_per_sm(activation, x.dtype.itemsize, rows)
-    units = -(-num_rows // rows) * num_blocks
+    units = -(-walked // rows) * num_blocks
     grid = min(-(-units // UNITS_PER_BLOCK), per_sm * num_sms)
     group_step, block_step = divmod(grid * UNITS_PER_BLOCK, num_blocks)
     x_row, x_block = scale_strides(x_scale)
@@ -156,12 +158,11 @@ def activation(
         y_scale_row_stride=y_row,
         y_scale_block_stride=y_block,
         num_rows=num_rows,
-        tile=tile,
         intermediate_size=intermediate_size,
         num_blocks=num_blocks,
         first_half=int(gate_up_order is not None and not gate_up_order.startswith("gate")),
         group_step=group_step,
         block_step=block_step,
         activation=activation_fields(activation),
-        **per_expert,
+        **tables,
     )

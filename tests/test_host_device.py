@@ -113,7 +113,7 @@ def require_hopper() -> None:
 
 def convert(place: str) -> np.ndarray:
     x = awkward_floats()
-    out = np.zeros((len(x), 7), np.uint32)
+    out = np.zeros((len(x), 10), np.uint32)
     fields = {"in": x, "out": out, "n": len(x)}
     return launch_on(place, "ptx_convert", CONVERT, 256, -(-len(x) // 256), **fields)["out"]
 
@@ -257,6 +257,13 @@ class TestHost:
 
         codes = to_e4m3(x).view(np.uint8).astype(np.uint32)
         assert (out[:, 4] == (codes[:, 0] | codes[:, 1] << 8)).all()
+        with np.errstate(all="ignore"):
+            others = np.stack([-x[:, 1], x[:, 0] + x[:, 1]], 1)
+        codes = np.concatenate([codes, to_e4m3(others).view(np.uint8)], 1).astype(np.uint8)
+        assert (out[:, 7] == codes.view(np.uint32)[:, 0]).all()
+        fours = np.ascontiguousarray(x[:, 0]).view(np.uint8).view(ml_dtypes.float8_e4m3fn)
+        wide = np.ascontiguousarray(out[:, 8:]).view(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(wide, fours.reshape(-1, 4).astype(np.float32))
         halves = (np.ascontiguousarray(x[:, 0]).view(np.uint32) & 0xFFFF).astype(np.uint16)
         widened = halves.view(np.float16).astype(np.float32)
         same = np.ascontiguousarray(out[:, 3]).view(np.float32)

@@ -59,6 +59,25 @@ __device__ __forceinline__ uint32_t f16x2_from_e4m3x2(uint32_t bits) {
 #endif
 }
 
+/// Rounds four fp32 values to e4m3, the first in bits 0-7.
+__device__ __forceinline__ uint32_t e4m3x4_from_f32(float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 890
+  return ptx::cvt_e4m3x4_f32(a, b, c, d);
+#else
+  return e4m3x2_from_f32(a, b) | e4m3x2_from_f32(c, d) << 16;
+#endif
+}
+
+/// Widens the four e4m3 values of a word to fp16.
+__device__ __forceinline__ void f16x4_from_e4m3x4(uint32_t& low, uint32_t& high, uint32_t bits) {
+#if __CUDA_ARCH__ >= 890
+  ptx::cvt_f16x4_e4m3x4(low, high, bits);
+#else
+  low = f16x2_from_e4m3x2_soft(bits);
+  high = f16x2_from_e4m3x2_soft(bits >> 16);
+#endif
+}
+
 /// Dequantisation scale of a block whose largest magnitude is `amax`.
 __device__ __forceinline__ float e4m3_scale(float amax) {
   return fmaxf(__fdiv_rn(amax, kE4m3Max), kMinScale);

@@ -171,6 +171,24 @@ __device__ __forceinline__ uint32_t cvt_f16x2_e4m3x2(uint32_t bits) {
   asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.rn.f16x2.e4m3x2 %0, h;}" : "=r"(r) : "r"(bits));
   return r;
 }
+
+/// Rounds four fp32 values as cvt_e4m3x2_f32, the first in bits 0-7: two instructions (PTX ISA, "cvt").
+__device__ __forceinline__ uint32_t cvt_e4m3x4_f32(float a, float b, float c, float d) {
+  uint32_t r;
+  asm("{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, %2, %1;"
+      " cvt.rn.satfinite.e4m3x2.f32 h, %4, %3; mov.b32 %0, {l, h};}"
+      : "=r"(r)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return r;
+}
+
+/// Widens four e4m3 values exactly to fp16, two instructions (PTX ISA, "cvt").
+__device__ __forceinline__ void cvt_f16x4_e4m3x4(uint32_t& low, uint32_t& high, uint32_t bits) {
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l;"
+      " cvt.rn.f16x2.e4m3x2 %1, h;}"
+      : "=r"(low), "=r"(high)
+      : "r"(bits));
+}
 #endif
 
 }  // namespace ptx

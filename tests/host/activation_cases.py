@@ -75,6 +75,17 @@ def _shard(host: Host, num_tokens: int, tile: int) -> Permutation:
     return Permutation(**arrays, tile=tile)
 
 
+def _hide(p: Permutation, walk: str) -> None:
+    """Spoil what the kernel has no need of if it walks the slots, or the rows."""
+    num_held = int(p.expert_offsets[-1])
+    assert (p.permuted_idx.size <= num_held) == (walk == "slots"), "a case of the other walk"
+    if walk == "slots":
+        p.token_idx[...] = -1
+    else:
+        p.permuted_idx[...] = p.max_rows
+        p.token_idx[num_held:] = 0  # past the last expert's rows
+
+
 def _inputs(host: Host, x: np.ndarray, dtype: str, sides: int) -> tuple[np.ndarray, Any]:
     """Return x in its dtype with the scales of its halves."""
     if dtype != FP8:
@@ -99,6 +110,7 @@ def _activation(
     activation: Activation | None = None,
     wild: Callable[[Host, tuple[int, int]], np.ndarray] | None = None,
     num_sms: int = 1,
+    walk: str = "slots",
 ) -> Callable[[Host], None]:
     """Compare with the twin, to the bit if `wild`; several experts have their own parameters."""
 
@@ -112,11 +124,9 @@ def _activation(
         held = np.arange(num_rows) if p is None else valid_rows(p)
         padding = np.setdiff1d(np.arange(num_rows), held)
         x[padding] = np.nan
-        if p is not None:  # what lies past the last expert's rows is not even looked at
-            p.token_idx[p.expert_offsets[-1] :] = 0
         act = activation or Activation(alpha=1.7, limit=5.0)
-        if experts and activation is None:
-            act = per_expert_activation(host, experts)
+        if p is not None and activation is None:
+            act = per_expert_activation(host, len(p.tokens_per_expert))
         values, x_scale = _inputs(host, x, dtype, sides)
         expected = twin.activate(
             values,
@@ -126,10 +136,10 @@ def _activation(
             permutation=p,
             out_dtype=out_dtype,
         )
+        if p is not None:
+            _hide(p, walk)
         first: Any = None
         for unit in kernels_activation.BLOCKS_PER_SM[values.dtype.itemsize]:
-            if tile % unit:
-                continue
             y = host.empty((num_rows, columns), out_dtype)
             y_scale = None
             if out_dtype == FP8:
@@ -255,7 +265,7 @@ def _scales_of_silu(host: Host) -> None:
             close(name, *(quantize.dequantize(q) / amax for q in (got, want)), FP8)
 
 
-def _far(host: Host) -> None:
+def _far(host: Host, permutation: Permutation | None = None) -> None:
     """Three rows of 2^30 columns, of which the first 2048 are visited: offsets to 6 * 2^30."""
     rows, size, visited = 3, 1 << 30, 2048
     blocks, seen = size // 128, visited // 128
@@ -275,7 +285,7 @@ def _far(host: Host) -> None:
         y_scale,
         gate_up_order="up_gate",
         activation=PRODUCT,
-        permutation=None,
+        permutation=permutation,
         num_sms=1,
         rows=1,
     )
@@ -296,6 +306,15 @@ def _far(host: Host) -> None:
     same_bits("scale", y_scale[:, :seen], expected.scale)
 
 
+def _far_slots(host: Host) -> None:
+    """The same, walked in another order."""
+    made = twin_permutation.group(np.array([[2], [0], [1]], np.int32), num_experts=3)
+    assert made.permuted_idx.ravel().tolist() == [2, 0, 1]
+    made.token_idx[...] = -1
+    arrays = {n: host.arena.array(a) for n, a in made._asdict().items() if n != "tile"}
+    _far(host, Permutation(**arrays, tile=1))
+
+
 ACTIVATION_CASES = [
     Case("halves", _activation(136, "gate_up", BF16, BF16)),
     Case("up first, float32", _activation(8, "up_gate", F32, F32, rows=1)),
@@ -311,7 +330,22 @@ ACTIVATION_CASES = [
     Case("fp8 to bf16, 2880", _activation(2880, "gate_up", FP8, BF16, activation=Activation())),
     Case("1408", _activation(1408, "up_gate", FP8, FP8, rows=5, activation=Activation())),
     Case("704, several rounds", _activation(704, "up_gate", FP8, FP8, rows=70, num_sms=1)),
-    Case("shard", _activation(272, "gate_up", FP8, FP8, rows=21, shard=True)),
+    Case("as many slots as rows", _activation(208, "up_gate", FP8, FP8, experts=5, tile=1)),
+    Case("704, several rounds of slots", _activation(704, "up_gate", FP8, FP8, rows=70, experts=4)),
+    Case("shard", _activation(272, "gate_up", FP8, FP8, rows=21, shard=True, walk="rows")),
+    Case(
+        "shard, several rounds",
+        _activation(
+            272, "gate_up", FP8, FP8, rows=150, shard=True, walk="rows", activation=Activation()
+        ),
+    ),
+    Case("shard, slots", _activation(176, "gate_up", FP8, FP8, rows=21, shard=True, tile=64)),
+    Case(
+        "shard, slots, exact",
+        _activation(
+            272, "up_gate", BF16, BF16, rows=21, shard=True, tile=64, activation=PRODUCT, wild=_wild
+        ),
+    ),
     Case("exact", _activation(304, "up_gate", FP8, FP8, rows=17, activation=PRODUCT, wild=_wild)),
     Case(
         "exact, from float32",
@@ -350,4 +384,5 @@ ACTIVATION_CASES = [
     ),
     Case("silu, scales", _scales_of_silu),
     Case("offsets past 2^32", _far),
+    Case("offsets past 2^32, slots", _far_slots),
 ]  # fmt: skip

@@ -26,20 +26,57 @@ ACTIVATION_MUTATIONS = {
     "activation: scale of up": Mutation(
         "activation.cu", "fabsf(x_scale[1]) <= 0x1p100f", "true", case="silu, scales"
     ),
-    "activation: zeros": Mutation(
-        "activation.cu", "largest == 0.0f ? kMinScale : ", "", case="silu, scales"
-    ),
+    "activation: zeros": Mutation("activation.cu", "zeros ? kMinScale : ", "", case="silu, scales"),
     "activation: rows of the other way": Mutation(
+        "activation.cu", "finish(!usual);", "finish(true);", case="silu, scales"
+    ),
+    "activation: scale of a lane past the row": Mutation(
         "activation.cu",
-        "if (to_do) store(y, scale);",
-        "if (low) store(y, scale);",
-        case="silu, scales",
+        "if (chosen & (lane == r))",
+        "if (chosen & low & (lane == r))",
+        case="shard",
     ),
     "activation: last rows": Mutation(
+        "activation.cu", "if (index >= size) return -1;", "", case="fp8 to fp8, odd tile"
+    ),
+    "activation: last rows, first round": Mutation(
+        "activation.cu", "first < num_held ? row_entry : -1", "row_entry", case="shard"
+    ),
+    "activation: last rows, next rounds": Mutation(
         "activation.cu",
-        " && row0 + r < num_held",
-        "",
-        case="fp8 to fp8, odd tile",
+        "num_entries = by_slots ? p.num_slots : num_held",
+        "num_entries = by_slots ? p.num_slots : p.num_rows",
+        case="shard, several rounds",
+    ),
+    "activation: as many slots as rows": Mutation(
+        "activation.cu",
+        "p.num_slots <= num_held",
+        "p.num_slots < num_held",
+        case="as many slots as rows",
+    ),
+    "activation: slots of a shard": Mutation(
+        "activation.cu", " && p.num_slots <= num_held", "", case="shard"
+    ),
+    "activation: rows of slots": Mutation(
+        "activation.cu", "entry < 0 || by_slots", "entry < 0", case="fp8 to fp8, experts"
+    ),
+    "activation: next slots": Mutation(
+        "activation.cu",
+        "look_up(by_slots ? p.permuted_idx : p.token_idx, group",
+        "look_up(p.token_idx, group",
+        case="704, several rounds of slots",
+    ),
+    "activation: a row for each lane": Mutation(
+        "activation.cu", "from_lane(own_row, r)", "from_lane(own_row, 0)", case="exact"
+    ),
+    "activation: scales for each side": Mutation(
+        "activation.cu", "side * ROWS + r", "r", case="exact"
+    ),
+    "activation: parameters for each row": Mutation(
+        "activation.cu",
+        "from_lane(act.alpha, r)",
+        "from_lane(act.alpha, 0)",
+        case="fp8 to fp8, experts",
     ),
     "activation: next unit": Mutation(
         "activation.cu",
@@ -49,9 +86,9 @@ ACTIVATION_MUTATIONS = {
     ),
     "activation: 32-bit offsets": Mutation(
         "activation.cu",
-        "row0 * (kSides * half_bytes)",
-        "row0 * static_cast<unsigned>(kSides * half_bytes)",
-        case="offsets past 2^32",
+        "static_cast<uint64_t>(static_cast<uint32_t>(row)) * row_bytes",
+        "static_cast<uint32_t>(row) * row_bytes",
+        case="offsets past 2^32, slots",
     ),
     "activation: one warp's shuffles": Mutation(
         "activation.cu", "int offset = kLanes / 2;", "int offset = kLanes;", case="exact"
@@ -94,22 +131,25 @@ ACTIVATION_MUTATIONS = {
         case="fp8 to fp8, experts",
     ),
     "activation: scales of gate and up": Mutation(
-        "activation.cu", "{scale + (swapped ? half : 0)", "{scale", case="704, several rounds"
+        "activation.cu",
+        "(lane / ROWS % kSides != 0) != swapped",
+        "lane / ROWS % kSides != 0",
+        case="704, several rounds",
     ),
     "activation: pairs": Mutation(
         "activation.cu", "INTERLEAVED == 2 ? 1 - side : side", "side", case="interleaved up first"
     ),
     "activation: expert": Mutation(
         "activation.cu",
-        "p.tile_expert[row0 / p.tile]",
-        "p.tile_expert[row0 / p.tile / 2]",
+        "p.tile_expert[own_row / p.tile]",
+        "p.tile_expert[own_row / p.tile / 2]",
         case="interleaved up first",
     ),
     "activation: padding": Mutation(
         "activation.cu",
-        "tokens[r] >= 0",
-        "tokens[r] >= -1",
-        case="interleaved up first",
+        "entry < 0 || by_slots",
+        "entry < -1 || by_slots",
+        case="shard",
     ),
     "activation: limit of up": Mutation(
         "activation.cuh", "x < -limit ? -limit : x", "x", "activation"

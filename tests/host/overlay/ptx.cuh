@@ -171,5 +171,14 @@ inline uint32_t cvt_f16x2_e4m3x2(uint32_t bits) {
          cumoe_host::to_f16(from_e4m3(bits >> 8 & 0xffu)) << 16;
 }
 
+inline uint32_t cvt_e4m3x4_f32(float a, float b, float c, float d) {
+  return cvt_e4m3x2_f32(a, b) | cvt_e4m3x2_f32(c, d) << 16;
+}
+
+inline void cvt_f16x4_e4m3x4(uint32_t& low, uint32_t& high, uint32_t bits) {
+  low = cvt_f16x2_e4m3x2(bits & 0xffffu);
+  high = cvt_f16x2_e4m3x2(bits >> 16);
+}
+
 }  // namespace ptx
 }  // namespace cumoe
