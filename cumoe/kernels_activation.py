@@ -26,18 +26,26 @@ THREADS = 128
 UNITS_PER_BLOCK = THREADS // 8  # kLanes
 
 BLOCKS_PER_SM: dict[int, dict[int, int]] = {
-    1: {1: 10, 2: 8, 4: 6},
-    2: {1: 10, 2: 6},
+    1: {1: 10, 2: 8, 4: 7},
+    2: {1: 10},
     4: {1: 5},
 }
-"""Bytes of an input element -> rows of a unit -> blocks of the grid per SM, which bound the
-kernel's registers. H200, 2048 columns, us for rows x blocks: fp8, 32768 / 131072 rows in order 1x10
-63 / 245, 1x12 (spills) 64 / 271, 2x6 65 / 250, 2x8 62 / 241, 2x10 (spills) 78 / 304, 4x4 65 / 249,
-4x5 63 / 242, 4x6 62 / 233; bf16, at 256 / 4096 / 16384 tokens of DeepSeek-V3 1x8 8.2 / 89.8 / 335,
-1x10 6.8 / 89.9 / 343, 2x6 8.9 / 90.1 / 340."""
+"""Bytes of an input element -> rows of a unit -> blocks that an SM holds, which bound the kernel's
+registers."""
 
-WAVES = 16
-"""Units that each group of lanes must have before a unit takes more rows."""
+MIN_WAVES = {2: 2, 4: 8}
+"""Rows of a unit -> how many times all SMs must be filled before a unit takes so many."""
+
+MAX_WAVES = 8
+"""Blocks of the grid, in the number that is resident at a time. Up to there a thread has two units,
+of which it looks one up while it computes the other, and the GPU deals out blocks as SMs get free.
+
+H200, DeepSeek-V3, us by MAX_WAVES of 1 / 2 / 4 / 8 / 16. fp8, rows x blocks, T = 16384: 1x10 251 /
+245 / 240 / 235 / 235, 2x8 243 / 235 / 230 / 223 / 224, 4x6 238 / 237 / 233 / 224 / 225, 4x7 225 /
+224 / 224 / 217 / 215; T = 4096: 4x7 62.5 / 60.8 / 57.8 / 57.5 / 61.8; T = 1024 by slots: 1x10 17.5
+/ 17.9 / 18.0 / 19.4, 2x8 17.5 / 17.2 / 17.9, 4x7 18.3 / 18.5 / 18.3; T = 256: 1x10 7.1 / 6.8. bf16,
+T = 16384: 1x10 340 / 336 / 334 / 326 / 321, 2x6 341 / 339 / 336 / 328 / 322; T = 4096: 1x10 85.9 /
+85.0 / 82.6 / 80.8 / 80.5, 2x6 88.5 / 86.4 / 85.0 / 82.4 / 83.5."""
 
 LIGHT = ("swiglu", "geglu_tanh", "relu2", "silu", "identity")
 """Activations whose arithmetic fits those registers."""
@@ -82,7 +90,7 @@ def blocks_per_sm(activation: Activation, element_bytes: int, rows: int) -> int:
 
 
 def select_rows(num_rows: int, num_blocks: int, element_bytes: int, num_sms: int) -> int:
-    """Return the rows of a unit: as many as leave every SM several times its full number of blocks.
+    """Return the rows of a unit: the most that leave every SM :data:`MIN_WAVES` of blocks.
 
     Parameters
     ----------
@@ -94,10 +102,21 @@ def select_rows(num_rows: int, num_blocks: int, element_bytes: int, num_sms: int
         Of the device that runs the kernel.
     """
     for rows, per_sm in sorted(BLOCKS_PER_SM[element_bytes].items(), reverse=True):
-        units = -(-num_rows // rows) * num_blocks
-        if units >= WAVES * per_sm * UNITS_PER_BLOCK * num_sms:
-            return rows
-    return 1
+        if rows == 1 or _num_blocks(num_rows, num_blocks, rows) >= (
+            MIN_WAVES[rows] * per_sm * num_sms
+        ):
+            break
+    return rows
+
+
+def _num_blocks(num_rows: int, num_blocks: int, rows: int) -> int:
+    """Return the blocks in which every thread has one unit."""
+    return -(-(-(-num_rows // rows) * num_blocks) // UNITS_PER_BLOCK)
+
+
+def _grid(most: int, resident: int) -> int:
+    """Return the blocks of the grid."""
+    return most if most <= 2 * resident else min(-(-most // 2), MAX_WAVES * resident)
 
 
 def activation(
@@ -140,8 +159,7 @@ def activation(
         dtype_name(x), dtype_name(y), activation, gate_up_order=gate_up_order, rows=rows
     )
     per_sm = blocks_per_sm(activation, x.dtype.itemsize, rows)
-    units = -(-walked // rows) * num_blocks
-    grid = min(-(-units // UNITS_PER_BLOCK), per_sm * num_sms)
+    grid = _grid(_num_blocks(walked, num_blocks, rows), per_sm * num_sms)
     group_step, block_step = divmod(grid * UNITS_PER_BLOCK, num_blocks)
     x_row, x_block = scale_strides(x_scale)
     y_row, y_block = scale_strides(y_scale)

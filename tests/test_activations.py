@@ -9,14 +9,22 @@ import numpy as np
 import pytest
 
 import cumoe
-from cumoe import Activation, ExpertWeights, Quantized, Routing, custom_activation
+from cumoe import (
+    Activation,
+    ExpertWeights,
+    Quantized,
+    Routing,
+    custom_activation,
+    kernels_activation,
+)
 from cumoe import custom_activation as custom
 from cumoe.config import check_choice
 from cumoe.formulas import ACTIVATIONS
 from cumoe.kernels_activation import (
     BLOCKS_PER_SM,
+    MAX_WAVES,
+    MIN_WAVES,
     UNITS_PER_BLOCK,
-    WAVES,
     activation_spec,
     select_rows,
 )
@@ -208,21 +216,39 @@ def _quantized_halves(w, sides):
 
 class TestRowsOfAUnit:
     def test_every_sm_stays_busy(self):
-        """More rows only where every group of lanes still has its number of units."""
+        """More rows only where they leave every SM its number of blocks."""
         for element_bytes, table in BLOCKS_PER_SM.items():
             chosen = [select_rows(n, 16, element_bytes, 132) for n in range(0, 120_000, 7)]
             assert chosen == sorted(chosen) and set(chosen) == set(table)
             for rows, num_rows in zip(chosen, range(0, 120_000, 7), strict=True):
-                full = WAVES * table[rows] * UNITS_PER_BLOCK * 132
-                assert rows == 1 or -(-num_rows // rows) * 16 >= full
+                full = MIN_WAVES.get(rows, 0) * table[rows] * UNITS_PER_BLOCK * 132
+                assert rows == 1 or -(-num_rows // rows) * 16 > full - UNITS_PER_BLOCK
         assert select_rows(1 << 20, 16, 1, 132) == 4
         assert select_rows(1 << 20, 16, 1, 132 * 10_000) == 1
+
+    def test_blocks(self):
+        """As many as there is work for, half as many where that fills the GPU, or MAX_WAVES."""
+        x = np.zeros((1, 256), np.float32)
+        resident = BLOCKS_PER_SM[4][1] * 4
+        for blocks, grid in (
+            (1, 1),
+            (2 * resident, 2 * resident),
+            (2 * resident + 1, resident + 1),
+            (1000 * resident, MAX_WAVES * resident),
+        ):
+            rows = blocks * UNITS_PER_BLOCK
+            item = kernels_activation.activation(
+                np.broadcast_to(x, (rows, 256)), None,
+                np.broadcast_to(x[:, :128], (rows, 128)), None, gate_up_order="gate_up",
+                activation=Activation(), permutation=None, num_sms=4, rows=1,
+            )  # fmt: skip
+            assert item.config.grid == (grid, 1, 1)
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", [*FLOATS, FP8.name])
     def test_same_bits(self, rng, dtype):
         """The rows of a unit change nothing; neither do more blocks than units, nor one block."""
-        from cumoe import kernels, kernels_activation
+        from cumoe import kernels
 
         x = rng.standard_normal((1000, 2 * 704), np.float32) * 3
         scale = None

@@ -7,11 +7,11 @@
 //           loads of a unit are issued before the first is used; the maximum of a scale block is three
 //           shuffles, so nothing waits for a block barrier. What a row has but once (its index, scales and
 //           parameters) is one lane's, which shuffles it to the others. ROWS changes no bit of the result.
-// Grid      persistent; strides over units, the blocks of a row group next to each other.
-// Walk      with a permutation over its slots or over the rows up to *num_held_rows, whichever are fewer; only
-//           the device knows. Of slots those of experts that are not held here are no work, of rows the padding
-//           (token_idx is -1): both take their turn, but nothing of them is read or written. Where all experts
-//           are held every slot is work, so all SMs get the same; a shard walks its own rows alone.
+// Grid      any; strides over units, the blocks of a row group next to each other.
+// Walk      with a permutation over its slots, or over the rows up to *num_held_rows unless these are a third
+//           more (rows lie in order, slots do not); only the device knows. Of slots those of experts that are
+//           not held here are no work, of rows the padding (token_idx is -1): both take their turn, but
+//           nothing of them is read or written. A shard walks its own rows alone.
 // Silu      e4m3 to e4m3, most of all a matter of instructions, has a shorter way: see silu_row.
 // From -D   INPUT_TYPE OUTPUT_TYPE GATED (x has gate and up) INTERLEAVED (0: in halves; 1: gate, up, gate,
 //           up, ...; 2: up first) SILU (the activation is silu(gate) * up) ROWS BLOCKS_PER_SM ACTIVATION
@@ -228,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   const int32_t slot_entry = look_up(p.permuted_idx, first, p.num_slots);
   const int32_t row_entry = look_up(p.token_idx, first, p.num_rows);
   const unsigned num_held = p.num_held_rows != nullptr ? *p.num_held_rows : p.num_rows;
-  const bool by_slots = p.permuted_idx != nullptr && p.num_slots <= num_held;
+  const bool by_slots = p.permuted_idx != nullptr && p.num_slots <= num_held / 4 * 3;
   const unsigned num_entries = by_slots ? p.num_slots : num_held;
   int32_t entry = by_slots ? slot_entry : first < num_held ? row_entry : -1;
 
