@@ -138,11 +138,11 @@ def quantize_specs() -> Iterator[Shipped]:
         yield Shipped(kernels_quantize.tensor_amax(x, scale).spec)
         for columns in (8, 2048, 2880, 7168, 70000):
             yield Shipped(kernels_quantize.token_spec(dtype, columns))
+        yield Shipped(kernels_quantize.block_spec(dtype))
+        for group_size in microscaling.GROUP_SIZES:
+            yield Shipped(kernels_quantize.ue8m0_spec(dtype, group_size))
         for rows in (1, kernels_quantize.UNIT_ROWS[x.dtype.itemsize]):
-            yield Shipped(kernels_quantize.block_spec(dtype, rows))
             yield Shipped(kernels_quantize.tensor_spec(dtype, rows))
-            for group_size in microscaling.GROUP_SIZES:
-                yield Shipped(kernels_quantize.ue8m0_spec(dtype, rows, group_size))
             for layout in microscaling.SCALE_LAYOUTS:
                 yield Shipped(kernels_quantize.nvfp4_spec(dtype, rows, layout))
 

@@ -237,8 +237,8 @@ def _rows_specs(recipe: Recipe) -> list[KernelSpec]:
     for dtype in ("float32", "bfloat16"):
         weights = _empty((1, 1), dtype)
         specs.append(kernels.finalize(rows, weights, index, rows).spec)
-    units = (1, kernels_quantize.UNIT_ROWS[2])
     if recipe == "fp8_tensor":
+        units = (1, kernels_quantize.UNIT_ROWS[2])
         specs += [kernels_quantize.tensor_spec("bfloat16", count) for count in units]
         for dtype in ("bfloat16", "float32"):
             w, scale = _empty((1, 128), dtype), _empty((1,), "float32")
@@ -246,7 +246,7 @@ def _rows_specs(recipe: Recipe) -> list[KernelSpec]:
             rows_of_w = (1, kernels_quantize.UNIT_ROWS[w.dtype.itemsize])
             specs += [kernels_quantize.tensor_spec(dtype, count) for count in rows_of_w]
     if recipe == "fp8_block":
-        specs += [kernels_quantize.block_spec("bfloat16", count) for count in units]
+        specs.append(kernels_quantize.block_spec("bfloat16"))
         for dtype in ("bfloat16", "float32"):
             w, scale = _empty((1, 1, 128), dtype), _empty((1, 1, 1), "float32")
             specs.append(kernels_quantize.quantize_fp8_weights(w, _empty(w.shape, FP8), scale).spec)

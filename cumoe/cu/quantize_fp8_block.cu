@@ -2,11 +2,10 @@
 //
 // scale = max(amax / 448, smallest normal); q = e4m3(x / scale), saturating, nearest even.
 //
-// Unit      ROWS rows by 128 columns on 8 lanes, a lane holding 16 neighbouring columns of each row. All
-//           loads of a unit come before its arithmetic. ROWS changes no bit of the result.
-// Grid      ceil(units / 16), the blocks of a row group next to each other.
+// Unit      128 columns of a row on 8 lanes, a lane holding 16 neighbouring columns.
+// Grid      ceil(units / 16), the blocks of a row next to each other.
 // Block     128 threads. The last block of a row may be partial: lanes past it hold zeros and store nothing.
-// From -D   INPUT_TYPE ROWS
+// From -D   INPUT_TYPE
 #include "raw.cuh"
 
 using namespace cumoe;
@@ -30,30 +29,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     quantize_fp8_block(const __grid_constant__ Params p) {
   const unsigned unit = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
-  const unsigned group = unit / p.num_blocks;
-  const int block = static_cast<int>(unit - group * p.num_blocks);
-  const int64_t row0 = static_cast<int64_t>(group) * ROWS;
+  const int64_t row = unit / p.num_blocks;
+  const int block = static_cast<int>(unit % p.num_blocks);
   const int column = block * kScaleBlock + lane * kColumns;
-  const int inside = valid_of_16(column, p.num_columns);
+  const int valid = row < p.num_rows ? valid_of_16(column, p.num_columns) : 0;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
 
-  Raw<INPUT_TYPE, kColumns> raw[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const int valid = row0 + r < p.num_rows ? inside : 0;
-    raw[r].load(p.x, (row0 + r) * p.num_columns + column, valid);
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const int64_t row = row0 + r;
-    const int valid = row < p.num_rows ? inside : 0;
-    float y[kColumns];
-    raw[r].widen(y);
-    const float scale = divide_by_scale(y, lanes_max<kLanes>(amax_of(y)));
-    store_e4m3_16(p.values + row * p.num_columns + column, y, valid, p.num_columns % 16 == 0);
-    if (valid && lane == 0) {
-      p.scale[row * p.scale_row_stride + block * p.scale_block_stride] = scale;
-    }
+  Raw<INPUT_TYPE, kColumns> raw;
+  raw.load(p.x, row * p.num_columns + column, valid);
+  float y[kColumns];
+  raw.widen(y);
+  const float scale = divide_by_scale(y, lanes_max<kLanes>(amax_of(y)));
+  store_e4m3_16(p.values + row * p.num_columns + column, y, valid, p.num_columns % 16 == 0);
+  if (valid && lane == 0) {
+    p.scale[row * p.scale_row_stride + block * p.scale_block_stride] = scale;
   }
 }

@@ -3,11 +3,10 @@
 // scale = the power of two at or above max(amax / 448, 1e-10), kept as its biased exponent, a byte;
 // q = e4m3(x / scale). Four scales of a row are one word, words column-major.
 //
-// Unit      ROWS rows by 4 groups, one word of scales each, on GROUP / 4 lanes, a lane holding 16 columns.
-//           All loads of a unit come before its arithmetic. ROWS changes no bit of the result.
+// Unit      4 groups of a row, one word of scales, on GROUP / 4 lanes, a lane holding 16 columns.
 // Grid      ceil(units / units of a block); rows up to a multiple of four, whose words become zero.
 // Block     128 threads.
-// From -D   INPUT_TYPE ROWS GROUP (16, 32, 64 or 128)
+// From -D   INPUT_TYPE GROUP (16, 32, 64 or 128)
 #include "raw.cuh"
 
 using namespace cumoe;
@@ -28,42 +27,31 @@ constexpr int kGroupLanes = GROUP / kColumns;
 constexpr int kLanes = 4 * kGroupLanes;
 
 static_assert(kGroupLanes >= 1 && kLanes <= kWarpSize, "the lanes of a word are in one warp");
-static_assert(ROWS <= kLanes, "a lane stores the word of one row");
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     quantize_fp8_ue8m0(const __grid_constant__ Params p) {
   const unsigned unit = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
-  const unsigned group = unit / p.num_words;
-  const int word = static_cast<int>(unit - group * p.num_words);
-  const int64_t row0 = static_cast<int64_t>(group) * ROWS;
+  const int64_t row = unit / p.num_words;
+  const int word = static_cast<int>(unit % p.num_words);
   const int column = (word * kLanes + lane) * kColumns;
-  const int inside = column < p.num_columns ? kColumns : 0;
+  const int valid = row < p.num_rows && column < p.num_columns ? kColumns : 0;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
 
-  Raw<INPUT_TYPE, kColumns> raw[ROWS];
+  Raw<INPUT_TYPE, kColumns> raw;
+  raw.load(p.x, row * p.num_columns + column, valid);
+  float y[kColumns];
+  raw.widen(y);
+  const uint32_t scale = ue8m0_scale(lanes_max<kGroupLanes>(amax_of(y)));
+  const float reciprocal = ue8m0_reciprocal(scale);
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const int valid = row0 + r < p.num_rows ? inside : 0;
-    raw[r].load(p.x, (row0 + r) * p.num_columns + column, valid);
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const int64_t row = row0 + r;
-    const int valid = row < p.num_rows ? inside : 0;
-    float y[kColumns];
-    raw[r].widen(y);
-    const uint32_t scale = ue8m0_scale(lanes_max<kGroupLanes>(amax_of(y)));
-    const float reciprocal = ue8m0_reciprocal(scale);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) y[i] = __fmul_rn(y[i], reciprocal);
-    store_e4m3_16(p.values + row * p.num_columns + column, y, valid, true);
-    uint32_t scales = valid ? scale << lane / kGroupLanes * 8 : 0;
-    scales |= __shfl_xor_sync(kFullMask, scales, kGroupLanes);
-    scales |= __shfl_xor_sync(kFullMask, scales, 2 * kGroupLanes);
-    // NOTE: the rows that pad the last column of words lie past the array.
-    const int64_t last = word + 1 < p.num_words ? p.word_stride : p.num_rows;
-    if (lane == r && row < last) p.scale[word * p.word_stride + row] = scales;
-  }
+  for (int i = 0; i < kColumns; ++i) y[i] = __fmul_rn(y[i], reciprocal);
+  store_e4m3_16(p.values + row * p.num_columns + column, y, valid, true);
+  uint32_t scales = valid ? scale << lane / kGroupLanes * 8 : 0;
+  scales |= __shfl_xor_sync(kFullMask, scales, kGroupLanes);
+  scales |= __shfl_xor_sync(kFullMask, scales, 2 * kGroupLanes);
+  // NOTE: the rows that pad the last column of words lie past the array.
+  const int64_t last = word + 1 < p.num_words ? p.word_stride : p.num_rows;
+  if (lane == 0 && row < last) p.scale[word * p.word_stride + row] = scales;
 }

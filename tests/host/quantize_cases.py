@@ -103,14 +103,12 @@ def _quantize(
         x = fill(host, shape, dtype)
         expected = quantize.quantize_fp8_block(x)
         rows, columns = shape[0], kernels.blocks(shape[1])
-        for count in _rows(x):
-            values = host.empty(shape, FP8)
-            grid = (columns, rows) if column_major else (rows, columns)
-            scale = host.empty(grid, F32)
-            scale = scale.T if column_major else scale
-            host.run(kernels_quantize.quantize_fp8_block(x, values, scale, rows=count))
-            same_bits("scale", scale, expected.scale)
-            same_bits("values", values, expected.values)
+        values = host.empty(shape, FP8)
+        scale = host.empty((columns, rows) if column_major else (rows, columns), F32)
+        scale = scale.T if column_major else scale
+        host.run(kernels_quantize.quantize_fp8_block(x, values, scale))
+        same_bits("scale", scale, expected.scale)
+        same_bits("values", values, expected.values)
 
     return check
 
@@ -197,19 +195,17 @@ def _quantize_ue8m0(
         x = fill(host, shape, dtype)
         expected = microscaling.quantize_fp8_ue8m0(x, group_size)
         num_words, stride = ue8m0_words(shape, group_size)
-        for count in _rows(x):
-            values = host.empty(shape, FP8)
-            # As long as an array of these strides is: the last column has no padding.
-            flat = host.empty(((num_words - 1) * stride + shape[0],), "int32")
-            words = np.lib.stride_tricks.as_strided(flat, (shape[0], num_words), (4, 4 * stride))
-            launch = kernels_quantize.quantize_fp8_ue8m0(x, values, words, group_size, rows=count)
-            host.run(launch)
-            same_bits("scale", words, expected.scale)
-            same_bits("values", values, expected.values)
-            between = np.ones(flat.size, bool)
-            for word in range(num_words):
-                between[word * stride : word * stride + shape[0]] = False
-            assert not flat[between].any(), "the words between two columns are not zero"
+        values = host.empty(shape, FP8)
+        # As long as an array of these strides is: the last column has no padding.
+        flat = host.empty(((num_words - 1) * stride + shape[0],), "int32")
+        words = np.lib.stride_tricks.as_strided(flat, (shape[0], num_words), (4, 4 * stride))
+        host.run(kernels_quantize.quantize_fp8_ue8m0(x, values, words, group_size))
+        same_bits("scale", words, expected.scale)
+        same_bits("values", values, expected.values)
+        between = np.ones(flat.size, bool)
+        for word in range(num_words):
+            between[word * stride : word * stride + shape[0]] = False
+        assert not flat[between].any(), "the words between two columns are not zero"
 
     return check
 
@@ -276,7 +272,7 @@ def _run_first(host: Host, launch: kernels.Launch, **changes: int) -> None:
 def _far_block(host: Host) -> None:
     x, values, small = _far(host, 128)
     scale = host.empty((FAR[0], 1), F32)
-    _run_first(host, kernels_quantize.quantize_fp8_block(x, values, scale, rows=1), num_blocks=1)
+    _run_first(host, kernels_quantize.quantize_fp8_block(x, values, scale), num_blocks=1)
     expected = quantize.quantize_fp8_block(small)
     same_bits("scale", scale, expected.scale)
     same_bits("values", values[:, :128], expected.values)
@@ -294,7 +290,7 @@ def _far_token(host: Host) -> None:
 def _far_ue8m0(host: Host) -> None:
     x, values, small = _far(host, 512)
     words = host.empty((8, 1), "int32")
-    launch = kernels_quantize.quantize_fp8_ue8m0(x, values, words, 128, rows=1)
+    launch = kernels_quantize.quantize_fp8_ue8m0(x, values, words, 128)
     _run_first(host, launch, num_words=1)
     expected = microscaling.quantize_fp8_ue8m0(small, 128)
     same_bits("scale", words[: FAR[0]], expected.scale)

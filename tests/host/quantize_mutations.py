@@ -6,10 +6,7 @@ from tests.host.mutations import BARRIER, Mutation
 
 QUANTIZE_MUTATIONS = {
     "block: rows": Mutation(
-        "quantize_fp8_block.cu", "row0 + r < p.num_rows ? inside : 0", "inside", case="tails"
-    ),
-    "block: rows stored": Mutation(
-        "quantize_fp8_block.cu", "row < p.num_rows ? inside : 0", "inside", case="tails"
+        "quantize_fp8_block.cu", "row < p.num_rows ? ", "row <= p.num_rows ? ", case="tails"
     ),
     "block: columns": Mutation(
         "quantize_fp8_block.cu", "valid_of_16(column, p.num_columns)", "16", case="tails"
@@ -18,7 +15,7 @@ QUANTIZE_MUTATIONS = {
         "quantize_fp8_block.cu", "p.num_columns % 16 == 0", "true", case="tails"
     ),
     "block: 32-bit offsets": Mutation(
-        "quantize_fp8_block.cu", "const int64_t row = row0 + r;", "const int row = row0 + r;",
+        "quantize_fp8_block.cu", "const int64_t row =", "const int row =",
         case="offsets past 2^32",
     ),
     "token: barrier": Mutation("quantize_fp8_token.cu", BARRIER, "", case="float32"),
