@@ -9,6 +9,9 @@ Variants: ``logits``, and ``given``, which permutes ids that are there already. 
 compared with the twin's, to the bit, before anything is timed. The peer is the same in CuPy array
 operations. Times are of replays of a graph of several calls, inputs in L2, where the router leaves
 them; those of the peer, which allocates, of single calls.
+
+There is no peer in Triton: selection without the permutation is not the same thing, and the
+permutation, a stable sort with counters that programs share, is left to CUDA by its users.
 """
 
 from __future__ import annotations
