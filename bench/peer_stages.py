@@ -47,7 +47,6 @@ CONFIGS: dict[Kind, tuple[StageConfig, ...]] = {
         StageConfig(4, 1024, 4),
         StageConfig(8, 1024, 8),
         StageConfig(16, 128, 2),
-        StageConfig(32, 128, 4),
     ),
     "row": tuple(StageConfig(1, 8192, num_warps) for num_warps in (4, 8, 16)),
     "flat": (
@@ -56,7 +55,6 @@ CONFIGS: dict[Kind, tuple[StageConfig, ...]] = {
         StageConfig(1, 4096, 4),
         StageConfig(1, 4096, 8),
         StageConfig(1, 8192, 8),
-        StageConfig(1, 16384, 16),
     ),
     "part": (
         StageConfig(1, 512, 1),
@@ -64,11 +62,10 @@ CONFIGS: dict[Kind, tuple[StageConfig, ...]] = {
         StageConfig(1, 1024, 2),
         StageConfig(1, 1024, 4),
         StageConfig(1, 2048, 8),
-        StageConfig(1, 8192, 8),
         StageConfig(1, 8192, 16),
     ),
 }
-"""Candidates: 16 to 64 elements a thread in registers, of results 8 to 64."""
+"""Candidates: 8 to 64 numbers a thread, held in registers."""
 
 
 def why_illegal(kind: Kind, config: StageConfig, width: int, group: int) -> str | None:

@@ -35,7 +35,7 @@ KEY = ("op", "model", "recipe", "num_tokens", "num_gpus")
 
 _TIMES = ("us", "us_min", "us_max")
 _RATES = ("tflops", "tbps", "peer_us")
-_PACKAGES = ("numpy", "ml_dtypes", "cuda-core", "cuda-bindings")
+_PACKAGES = ("numpy", "ml_dtypes", "cuda-core", "cuda-bindings", "torch", "triton")
 _CUPY = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
 
 

@@ -9,6 +9,7 @@ that is not installed or fails is left out. The clocks are in :mod:`bench.harnes
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,12 @@ TUNING_REPEATS = 3
 PEER_REPEATS = 5
 
 Run = Callable[[int], object]
+
+
+def has_triton() -> bool:
+    """Whether torch and Triton are installed, and kernels compiled and not interpreted."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return is_installed("torch") and is_installed("triton") and not interpreted
 
 
 def time_stage(
@@ -78,7 +85,7 @@ def time_stage(
         settings |= {"graph": True, "calls": calls}
     peers: dict[str, Row] = {}
     both: dict[str, Timing] = {}
-    if in_triton is not None and not on_host and is_installed("torch") and is_installed("triton"):
+    if in_triton is not None and not on_host and has_triton():
         with guest("Triton"):
             stages = in_triton()
             config = choose_config(stages, settings)
