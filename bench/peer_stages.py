@@ -19,9 +19,9 @@ from cumoe import Quantized
 from cumoe.config import Array
 from cumoe.microscaling import FP4_GROUP, ue8m0_words
 
-Kind = Literal["tile", "row", "flat", "part"]
+Kind = Literal["tile", "row", "flat", "part", "slots"]
 """How a kernel is divided into programs: tiles of whole groups, whole rows, the elements of all
-rows, or parts of a row, the last of which may be partial."""
+rows, parts of a row, the last of which may be partial, or slots of tokens."""
 
 MAX_PARTIALS = 1024
 SCALE_BLOCK = 128
@@ -64,8 +64,14 @@ CONFIGS: dict[Kind, tuple[StageConfig, ...]] = {
         StageConfig(1, 2048, 8),
         StageConfig(1, 8192, 16),
     ),
+    "slots": (
+        StageConfig(1, 64, 1),
+        StageConfig(1, 128, 1),
+        StageConfig(1, 128, 2),
+        StageConfig(1, 128, 4),
+    ),
 }
-"""Candidates: 8 to 64 numbers a thread, held in registers."""
+"""Candidates: 8 to 64 numbers a thread, held in registers; of slots, the warps select experts."""
 
 
 def why_illegal(kind: Kind, config: StageConfig, width: int, group: int) -> str | None:
@@ -73,7 +79,7 @@ def why_illegal(kind: Kind, config: StageConfig, width: int, group: int) -> str 
 
     Parameters
     ----------
-    kind : {"tile", "row", "flat", "part"}
+    kind : {"tile", "row", "flat", "part", "slots"}
     config : StageConfig
     width : int
         Columns of a row.
@@ -100,13 +106,13 @@ class Stage:
 
     Attributes
     ----------
-    kind : {"tile", "row", "flat", "part"}
+    kind : {"tile", "row", "flat", "part", "slots"}
     width, group : int
         As :func:`why_illegal` takes them.
     launch : callable
         Takes a StageConfig and returns what queues the kernels on torch's current stream.
     outputs : tuple of array
-        What they write: uint8, uint16 (the bits of bfloat16) or float32.
+        What they write: integers, float32, or the bits of bfloat16.
     compare : callable
         Raises ArithmeticError if the outputs differ from cumoe's by more than rounding.
     launch_all : callable, optional
@@ -140,7 +146,7 @@ class Stage:
             of its format, or if something is not written.
         """
         for out in self.outputs:
-            out[...] = {1: 0x7F, 2: 0x7FFF, 4: np.nan}[out.dtype.itemsize]
+            out[...] = np.nan if out.dtype.kind == "f" else np.iinfo(out.dtype).max >> 1
         _on_stream((self.launch_all or self.launch)(config))()
         self.compare()
 

@@ -84,8 +84,41 @@ def time_stage(
         method = f"graph of {calls}"
         settings |= {"graph": True, "calls": calls}
     peers: dict[str, Row] = {}
-    both: dict[str, Timing] = {}
-    if in_triton is not None and not on_host and has_triton():
+    in_triton = None if on_host or not has_triton() else in_triton
+    if replayed or in_triton is not None:
+        timing, peers = time_beside(run, in_triton, settings, method)
+    if alone is not None:
+        settings |= {"inputs_rotate": 1, "repeats": min(args.repeats, PEER_REPEATS)}
+        settings |= {"graph": False, "calls": 1}
+        found = measure({"peer": lambda i: alone()}, **settings)["peer"]
+        peers["numpy" if on_host else "cupy"] = figures_of(found, "host" if on_host else "events")
+    return {"timing": timing, "method": method, "num_sets": num_sets, **peer_fields(peers)}
+
+
+def time_beside(
+    run: Run,
+    in_triton: Callable[[], Sequence[Stage]] | None,
+    settings: dict[str, Any],
+    method: str,
+) -> tuple[Timing, dict[str, Row]]:
+    """Time a stage, taking turns with Triton's where there is one that is right.
+
+    Parameters
+    ----------
+    run, in_triton : callable
+        As :func:`time_stage` takes them.
+    settings : dict
+        How :func:`bench.harness.measure` is asked.
+    method : str
+        Their name in a row.
+
+    Returns
+    -------
+    timing : Timing
+    peers : dict of str to dict
+        ``"triton"``, or nothing.
+    """
+    if in_triton is not None:
         with guest("Triton"):
             stages = in_triton()
             config = choose_config(stages, settings)
@@ -93,20 +126,13 @@ def time_stage(
                 stage.check(config)
             runs = [stage.run(config) for stage in stages]
             both = measure({"op": run, "triton": lambda i: runs[i]()}, **settings)
-            peers["triton"] = _figures(both["triton"], method) | {"config": str(config)}
-    if both:
-        timing = both["op"]
-    elif replayed:
-        timing = measure({"op": run}, **settings)["op"]
-    if alone is not None:
-        settings |= {"inputs_rotate": 1, "repeats": min(args.repeats, PEER_REPEATS)}
-        settings |= {"graph": False, "calls": 1}
-        found = measure({"peer": lambda i: alone()}, **settings)["peer"]
-        peers["numpy" if on_host else "cupy"] = _figures(found, "host" if on_host else "events")
-    return {"timing": timing, "method": method, "num_sets": num_sets, **peer_fields(peers)}
+            figures = figures_of(both["triton"], method) | {"config": str(config)}
+            return both["op"], {"triton": figures}
+    return measure({"op": run}, **settings)["op"], {}
 
 
-def _figures(timing: Timing, method: str) -> Row:
+def figures_of(timing: Timing, method: str) -> Row:
+    """Return what is kept of a peer."""
     return {"us": timing.us, "us_min": timing.us_min, "us_max": timing.us_max, "method": method}
 
 

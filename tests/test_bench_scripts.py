@@ -354,6 +354,8 @@ class TestDevice:
         assert bench_routing.main(args) == 0
         rows = json.loads(path.read_text())["rows"]
         assert [row["num_launches"] for row in rows if row["variant"] == "logits"] == [1, 1, 2]
+        expected = {"cupy", "triton"} if has_triton() else {"cupy"}
+        assert all(set(row["peers"]) == expected for row in rows)
 
     def test_quantize_bench(self, tmp_path):
         path = tmp_path / "stages.json"

@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 
 import cumoe
-from bench import bench_activation, bench_quantize, peer_stages, stage_checks, stage_timing
+from bench import (
+    bench_activation,
+    bench_quantize,
+    bench_routing,
+    peer_routing,
+    peer_stages,
+    stage_checks,
+    stage_timing,
+)
 from bench.bench_quantize import STATIC_GLOBAL_SCALE, STATIC_SCALE, VARIANTS
 from bench.harness import Timing
 from bench.inputs import random_bf16
@@ -32,7 +40,7 @@ GROUPS = (16, 32, 128)
 
 
 class TestConfigs:
-    @pytest.mark.parametrize("kind", CONFIGS)
+    @pytest.mark.parametrize("kind", sorted(set(CONFIGS) - {"slots"}))
     def test_every_config_is_legal_for_the_benches(self, kind):
         shape = get_shape("deepseek_v3")
         for config in CONFIGS[kind]:
@@ -45,9 +53,9 @@ class TestConfigs:
         configs = CONFIGS[kind]
         assert len(set(map(str, configs))) == len(configs) >= 3
         for config in configs:
-            per_thread = config.rows * config.columns / (32 * config.num_warps)
-            assert 8 <= per_thread <= 64
             assert config.num_warps in (1, 2, 4, 8, 16)
+            if kind != "slots":
+                assert 8 <= config.rows * config.columns / (32 * config.num_warps) <= 64
 
     @pytest.mark.parametrize(
         ("kind", "config", "reason"),
@@ -246,6 +254,25 @@ def convert(x, source, target, rounding):
     return narrow.view(f"u{narrow.dtype.itemsize}").reshape(x.shape)
 
 
+def test_few_tokens_may_select_almost_equal_keys():
+    ours = np.arange(500 * 2, dtype=np.int32).reshape(500, 2), np.ones((500, 2), np.float32)
+    own = ours[0].copy(), ours[1].copy()
+    own[0][:2], own[1][:2] = 3, 5
+    peer_routing._check_selected(own, ours)
+    own[0][2, 1] = 3
+    with pytest.raises(ArithmeticError, match="3 of 500 tokens have other experts"):
+        peer_routing._check_selected(own, ours)
+    own[0][2, 1], own[1][2, 1] = ours[0][2, 1], 1.001
+    with pytest.raises(ArithmeticError, match="a scale is off"):
+        peer_routing._check_selected(own, ours)
+
+
+def test_routing_that_triton_has_not():
+    routing = cumoe.Routing("llama4", num_experts=16, top_k=1)
+    with pytest.raises(ValueError, match="llama4"):
+        peer_routing.routing_stage(np, routing, np.zeros((1, 16), "f4"), None, None, 16, {})
+
+
 class TestAnswers:
     @pytest.fixture(autouse=True)
     def _interpreter(self, monkeypatch):
@@ -302,7 +329,7 @@ class TestAnswers:
     @pytest.mark.parametrize("variant", bench_activation.VARIANTS)
     def test_activation(self, variant, num_tokens):
         shape = ModelShape("small", 1024, 1024, 16, 8)
-        case = bench_activation.make_case(np, shape, num_tokens, variant, 16, 0)
+        case = bench_activation.make_case(np, shape, num_tokens, variant, 4, 0)
         case.work()()
         stage = case.in_triton(np)
         for config in stage.candidates():
@@ -313,9 +340,38 @@ class TestAnswers:
             with pytest.raises(ArithmeticError, match="steps of"):
                 stage.check(config)
 
+    @pytest.mark.parametrize("variant", bench_routing.VARIANTS)
+    @pytest.mark.parametrize("model", bench_routing.SHAPES)
+    @pytest.mark.parametrize("num_tokens", [1, 20])
+    def test_routing(self, model, variant, num_tokens):
+        """20 tokens of 8 experts and more: several blocks of slots."""
+        stage = make_routing(model, variant, num_tokens)
+        stage.check(stage.candidates()[0])
+
+    @pytest.mark.parametrize("config", CONFIGS["slots"], ids=str)
+    def test_routing_in_any_blocks(self, config):
+        make_routing("qwen3_30b_a3b", "logits", 60).check(config)
+
+    @pytest.mark.parametrize("table", range(9))
+    def test_a_wrong_routing_is_found(self, table):
+        stage = make_routing("qwen3_30b_a3b", "logits", 3)
+        launch = stage.launch
+
+        def broken(config):
+            run = launch(config)
+
+            def wrong():
+                run()
+                stage.outputs[table].ravel()[0] += 1
+
+            return wrong
+
+        with pytest.raises(ArithmeticError):
+            replace(stage, launch=broken).check(CONFIGS["slots"][0])
+
     def test_what_is_timed_is_the_rows_packed(self):
         shape = ModelShape("small", 1024, 1024, 16, 8)
-        case = bench_activation.make_case(np, shape, 3, "bf16", 16, 0)
+        case = bench_activation.make_case(np, shape, 3, "bf16", 4, 0)
         case.work()()
         stage = case.in_triton(np)
         stage.outputs[1][...] = -1
@@ -323,6 +379,12 @@ class TestAnswers:
         written = (stage.outputs[1] >= 0).all(axis=1)
         assert case.num_rows == 24 < case.x.shape[0]
         np.testing.assert_array_equal(np.flatnonzero(written), np.arange(24))
+
+
+def make_routing(model: str, variant: str, num_tokens: int) -> Stage:
+    case = bench_routing.make_case(np, bench_routing.SHAPES[model], num_tokens, variant, 0)
+    case.check_answer()
+    return case.in_triton(np)
 
 
 def make_quantize(variant: str, num_tokens: int) -> Stage:
@@ -367,6 +429,15 @@ class TestDevice:
         shape = get_shape("deepseek_v3")
         case = bench_activation.make_case(cupy, shape, 300, variant, 16, 0)
         case.work()()
+        check_all(case.in_triton(cupy))
+
+    @pytest.mark.parametrize("variant", bench_routing.VARIANTS)
+    @pytest.mark.parametrize("model", bench_routing.SHAPES)
+    def test_routing(self, model, variant):
+        import cupy
+
+        case = bench_routing.make_case(cupy, bench_routing.SHAPES[model], 300, variant, 0)
+        case.check_answer()
         check_all(case.in_triton(cupy))
 
 
