@@ -6,10 +6,12 @@
 Rows ``activation``: plain SwiGLU of DeepSeek-V3's experts (intermediate size 2048, top 8 of 256,
 uniform routing, the layer's row tiles) to fp8 with a scale per row and 128 columns. Variants:
 ``fp8`` and ``bf16`` by the input; ``fp8 shard`` holds 32 of the 256 experts, its buffers sized for
-all. Bytes: those of the rows that hold a token, read and written once. The peer is the same in CuPy
-array operations on those rows packed, without the rounding to fp8, a dtype CuPy has not. From
-100 us on timed cold, after a flush of the L2; below as replays of a graph of several calls, which
-rotate over up to 8 inputs.
+all. Bytes: those of the rows that hold a token, read and written once. Peers (``peers``, and the
+fastest as ``peer``) have those rows packed: ``cupy`` is the same in array operations, without the
+rounding to fp8, a dtype CuPy has not; ``triton``, where torch and Triton are installed, a kernel of
+:mod:`bench.triton_stages` with the best of a few configurations, its answer compared. From 100 us
+on timed cold, after a flush of the L2; below as replays of a graph of several calls, which rotate
+over up to 8 inputs; Triton's likewise, CuPy's by single calls.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ from rich.console import Console
 
 import cumoe
 from bench.arguments import make_stage_parser
-from bench.harness import copy_rate_tbps, measure, num_cold_inputs
+from bench.harness import copy_rate_tbps, num_cold_inputs
 from bench.inputs import find_backend, free_memory, random_bf16, random_words, to_host
+from bench.peer_stages import Stage, activation_stage
 from bench.record import REPO, Row, make_row, print_table, write_results
 from bench.shapes import ModelShape, get_shape
+from bench.stage_timing import time_stage
 from cumoe import Activation, ExpertShard, Permutation, Quantized, kernels_activation
 from cumoe.arrays import DTYPES, FP8
 from cumoe.config import Array
@@ -40,8 +44,6 @@ from cumoe.tuning import SM90_ARCH, select_sm90_tile, select_tile
 RESULTS = REPO / "bench" / "results" / "stages.json"
 TOKENS = (1, 32, 256, 1024, 4096, 16384)
 VARIANTS = ("fp8", "bf16", "fp8 shard")
-GRAPH_BELOW_US = 100.0
-GRAPH_CALLS = 16
 MAX_SETS = 8
 CHECKED_ROWS = 64
 MAX_PEER_ROWS = 1 << 17  # whose float32 temporaries fit beside the inputs
@@ -82,6 +84,11 @@ class Case:
             num_sms=device.num_sms,
         )
         return lambda: item.run(device, cupy.cuda.get_current_stream().ptr)
+
+    def in_triton(self, xp: Any) -> Stage:
+        """Return the same in Triton."""
+        held = self.permutation.token_idx >= 0
+        return activation_stage(xp, self.x, self.x_scale, self.out, self.num_rows, held)
 
     def num_bytes(self) -> int:
         """Return the bytes of the rows that hold a token, read and written."""
@@ -198,37 +205,25 @@ def bench_case(
     for case in cases:
         check_answer(case)
     work = [case.work() for case in cases]
-    runs: dict[str, Callable[[int], object]] = {"activation": lambda i: work[i]()}
-    settings: dict[str, Any] = {
-        "inputs_rotate": num_sets,
-        "repeats": args.repeats,
-        "budget_s": args.budget,
-        "warmup_s": 0.0 if xp is np else 0.05,
-        "clock": "host" if xp is np else "device",
-    }
-    timings, method = measure(runs, **settings), "host" if xp is np else "events"
-    if xp is not np and timings["activation"].us < GRAPH_BELOW_US:
-        timings = measure(runs, graph=True, calls=max(GRAPH_CALLS, num_sets), **settings)
-        method = f"graph of {max(GRAPH_CALLS, num_sets)}"
-    peer: dict[str, Any] = {}
-    if 0 < first.num_rows <= MAX_PEER_ROWS:
-        alone = peer_of(xp, first)
-        settings |= {"inputs_rotate": 1, "repeats": min(args.repeats, 5)}
-        found = measure({"peer": lambda i: alone()}, **settings)
-        peer = {"peer": "numpy" if xp is np else "cupy", "peer_us": found["peer"].us}
+    alone = peer_of(xp, first) if 0 < first.num_rows <= MAX_PEER_ROWS else None
+    timed = time_stage(
+        xp,
+        lambda i: work[i](),
+        num_sets,
+        args,
+        alone=alone,
+        in_triton=(lambda: [case.in_triton(xp) for case in cases]) if first.num_rows else None,
+    )
     return make_row(
         "activation",
         model=shape.name,
         recipe="fp8_block",
         num_tokens=num_tokens,
-        timing=timings["activation"],
         num_bytes=sum(case.num_bytes() for case in cases) / num_sets,
         variant=variant,
-        method=method,
-        num_sets=num_sets,
         num_rows=first.num_rows,
         tile=tile,
-        **peer,
+        **timed,
     )
 
 

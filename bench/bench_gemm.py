@@ -18,11 +18,9 @@ is the clock read meanwhile, None for what is too short to read it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import importlib.util
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,11 +48,13 @@ from bench.peers import (
     cublas_rows,
     dense_products,
     free_torch,
+    guest,
+    is_installed,
     peer_rows,
     torch_grouped_mm,
     triton_moe,
 )
-from bench.record import REPO, Row, check_row, make_row, write_results
+from bench.record import REPO, Row, check_row, make_row, peer_fields, write_results
 from bench.shapes import ModelShape
 
 ARGUMENTS = CaseArguments(
@@ -94,15 +94,6 @@ def find_peers(case: Case, name: str, wanted: Sequence[str]) -> tuple[dict[str, 
     return peers, dense
 
 
-@contextlib.contextmanager
-def guest(name: str) -> Iterator[None]:
-    """Let a peer fail: what is wrong is printed, and the run goes on without it."""
-    try:
-        yield
-    except Exception as error:
-        print(f"without {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-
-
 def run_peers(case: Case, peers: Mapping[str, Mapping[str, Peer]]) -> dict[str, dict[str, RowsOf]]:
     """Run every peer once and return how to read its rows."""
     found: dict[str, dict[str, RowsOf]] = {name: {} for name in peers}
@@ -132,11 +123,6 @@ def right_peers(
                     raise ArithmeticError(f"wrong by {worst:.2e}")
                 found[name][peer.name] = peer
     return found
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported."""
-    return importlib.util.find_spec(package) is not None
 
 
 def installed(wanted: Sequence[str]) -> tuple[str, ...]:
@@ -193,18 +179,15 @@ def gemm_row(
     for variant, peer in peers.items():
         rms = float(errors[f"{name} {variant}"].by_expert()[:, 1].max())
         beside[variant] = figures(variant) | {"config": peer.config, "expert_rms_rel": rms}
-    best = min(beside, key=lambda variant: float(beside[variant]["us"]), default=None)
     timing, mhz = timings["cumoe"]
     return make_row(
         name,
         **key,
         timing=timing,
-        peer=best,
-        peer_us=None if best is None else beside[best]["us"],
+        **peer_fields(beside),
         **work,
         sm_mhz=mhz,
         config=case.configs.get(name),
-        peers=beside,
         dense=figures("dense") if "dense" in timings else None,
         num_active_experts=active,
         most_rows_of_an_expert=int(rows_per_expert.max()),

@@ -6,10 +6,12 @@
 Rows ``quantize``: activations in bfloat16 of DeepSeek-V3's hidden size 7168, a variant for each
 format; ``static`` forms are given the scale of the tensor, the others find it in a pass of its own,
 and the bytes of x count twice. Rows ``finalize``: top 8 of 256, rows in the order of their experts.
-Bytes are those read and written once. The peer is the same in CuPy array operations, without the
-rounding to fp8 or e2m1, dtypes CuPy has not. From 100 us on timed cold, after a flush of the L2;
-below as replays of a graph of several calls, which rotate over up to 8 inputs. Results are written
-after each variant.
+Bytes are those read and written once. Peers (``peers``, and the fastest as ``peer``): ``cupy`` is
+the same in array operations, without the rounding to fp8 or e2m1, dtypes CuPy has not; ``triton``,
+where torch and Triton are installed, kernels of :mod:`bench.triton_stages` with the best of a few
+configurations, their answers compared, for all variants but swizzled scales. From 100 us on timed
+cold, after a flush of the L2; below as replays of a graph of several calls, which rotate over up to
+8 inputs; Triton's likewise, CuPy's by single calls. Results are written after each variant.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from rich.console import Console
 
 import cumoe
 from bench.arguments import make_stage_parser
-from bench.harness import copy_rate_tbps, measure, num_cold_inputs
+from bench.harness import copy_rate_tbps, num_cold_inputs
 from bench.inputs import find_backend, free_memory, random_bf16, to_backend, to_host
+from bench.peer_stages import Stage, finalize_stage, quantize_stage
 from bench.record import REPO, Row, make_row, print_table, write_results
 from bench.shapes import ModelShape, get_shape
+from bench.stage_timing import time_stage
 from cumoe import QuantizedNVFP4, kernels, kernels_quantize
 from cumoe.config import Array
 from cumoe.launch import get_device
@@ -52,8 +56,6 @@ VARIANTS = (
     "nvfp4",
     "finalize",
 )
-GRAPH_BELOW_US = 100.0
-GRAPH_CALLS = 16
 MAX_SETS = 8
 CHECKED_ROWS = 64
 MAX_PEER_TOKENS = 16384
@@ -74,12 +76,15 @@ class Case:
         Takes row numbers; raises ArithmeticError if the result of one is wrong.
     peer : callable
         The same in array operations.
+    in_triton : callable or None
+        Returns the same in Triton; None if there is none.
     """
 
     num_bytes: int
     work: Callable[[], object]
     check: Callable[[np.ndarray], None]
     peer: Callable[[], object]
+    in_triton: Callable[[], Stage] | None
 
 
 def _words(x: Array, rows: np.ndarray) -> np.ndarray:
@@ -142,7 +147,8 @@ def quantize_case(xp: Any, variant: str, num_tokens: int, hidden: int, seed: int
     num_bytes = passes * x.nbytes + out.values.nbytes + out.scale.nbytes
 
     check = partial(_check_quantized, variant, x, out)
-    return Case(num_bytes, work, check, partial(_peer, xp, variant, x))
+    in_triton = None if layout != "linear" else partial(quantize_stage, xp, variant, x, out)
+    return Case(num_bytes, work, check, partial(_peer, xp, variant, x), in_triton)
 
 
 def _launches(xp: Any, variant: str, x: Array, out: Any) -> list[kernels.Launch]:
@@ -252,7 +258,8 @@ def finalize_case(xp: Any, shape: ModelShape, num_tokens: int, hidden: int, seed
         return total
 
     num_bytes = index.size * hidden * 2 + out.nbytes + weights.nbytes + index.nbytes
-    return Case(num_bytes, work, check, peer)
+    in_triton = partial(finalize_stage, xp, rows, weights, index, out)
+    return Case(num_bytes, work, check, peer, in_triton)
 
 
 def make_case(xp: Any, shape: ModelShape, variant: str, num_tokens: int, seed: int) -> Case:
@@ -280,35 +287,23 @@ def bench_case(
     for case in cases:
         case.work()
         case.check(rows)
-    runs: dict[str, Callable[[int], object]] = {"op": lambda i: cases[i].work()}
-    settings: dict[str, Any] = {
-        "inputs_rotate": num_sets,
-        "repeats": args.repeats,
-        "budget_s": args.budget,
-        "warmup_s": 0.0 if xp is np else 0.05,
-        "clock": "host" if xp is np else "device",
-    }
-    timing, method = measure(runs, **settings)["op"], "host" if xp is np else "events"
-    if xp is not np and timing.us < GRAPH_BELOW_US:
-        calls = max(GRAPH_CALLS, num_sets)
-        timing = measure(runs, graph=True, calls=calls, **settings)["op"]
-        method = f"graph of {calls}"
-    peer: dict[str, Any] = {}
-    if num_tokens <= MAX_PEER_TOKENS:
-        settings |= {"inputs_rotate": 1, "repeats": min(args.repeats, 5)}
-        found = measure({"peer": lambda i: first.peer()}, **settings)
-        peer = {"peer": "numpy" if xp is np else "cupy", "peer_us": found["peer"].us}
+    in_triton = [case.in_triton for case in cases if case.in_triton is not None]
+    timed = time_stage(
+        xp,
+        lambda i: cases[i].work(),
+        num_sets,
+        args,
+        alone=first.peer if num_tokens <= MAX_PEER_TOKENS else None,
+        in_triton=(lambda: [make() for make in in_triton]) if in_triton else None,
+    )
     return make_row(
         "finalize" if variant == "finalize" else "quantize",
         model=shape.name,
         recipe=None if variant == "finalize" else variant.split()[0],
         num_tokens=num_tokens,
-        timing=timing,
         num_bytes=first.num_bytes,
         variant=None if variant == "finalize" else variant,
-        method=method,
-        num_sets=num_sets,
-        **peer,
+        **timed,
     )
 
 

@@ -6,9 +6,12 @@
 Rows ``routing``: float32 logits of normal numbers and the router's bias to ids, weights and every
 table of the permutation in stable order, shared experts left out, with the layer's row tiles.
 Variants: ``logits``, and ``given``, which permutes ids that are there already. Every array is
-compared with the twin's, to the bit, before anything is timed. The peer is the same in CuPy array
-operations. Times are of replays of a graph of several calls, inputs in L2, where the router leaves
-them; those of the peer, which allocates, of single calls.
+compared with the twin's, to the bit, before anything is timed. Peers (``peers``, and the fastest as
+``peer``): ``cupy`` is the same in array operations; ``triton``, where torch and Triton are
+installed, kernels of :mod:`bench.triton_routing`, one for the selection and three for a counting
+sort, with the best of a few configurations, their answers compared. Times are of replays of a graph
+of several calls, inputs in L2, where the router leaves them; those of CuPy, which allocates, of
+single calls.
 """
 
 from __future__ import annotations
@@ -26,8 +29,11 @@ import cumoe
 from bench.arguments import make_stage_parser
 from bench.harness import measure
 from bench.inputs import find_backend, free_memory, make_bias, to_backend, to_host
-from bench.record import REPO, Row, make_row, print_table, write_results
+from bench.peer_routing import routing_stage
+from bench.peer_stages import Stage
+from bench.record import REPO, Row, make_row, peer_fields, print_table, write_results
 from bench.shapes import MODELS, ModelShape
+from bench.stage_timing import figures_of, has_triton, time_beside
 from cumoe import ExpertShard
 from cumoe.arrays import FP8
 from cumoe.config import Array, Routing, RoutingMethod
@@ -64,6 +70,12 @@ class Case:
     tile: int
     work: Callable[[], object]
     num_launches: int
+
+    def in_triton(self, xp: Any) -> Stage:
+        """Return the same in Triton."""
+        return routing_stage(
+            xp, self.routing, self.logits, self.bias, self.ids, self.tile, self.written
+        )
 
     def check_answer(self) -> None:
         """Run the call and compare everything that it writes with the twin.
@@ -231,21 +243,26 @@ def bench_case(
         "clock": "host" if on_host else "device",
         "flush_l2": False,
     }
-    graph: dict[str, Any] = {} if on_host else {"graph": True, "calls": GRAPH_CALLS}
-    timing = measure({"routing": lambda i: case.work()}, **settings, **graph)["routing"]
+    method = "host" if on_host else f"graph of {GRAPH_CALLS}"
+    timing, peers = time_beside(
+        lambda i: case.work(),
+        (lambda: [case.in_triton(xp)]) if not on_host and has_triton() else None,
+        settings | ({} if on_host else {"graph": True, "calls": GRAPH_CALLS}),
+        method,
+    )
     alone = peer_of(xp, case)
     settings["repeats"] = min(args.repeats, 5)
     found = measure({"peer": lambda i: alone()}, **settings)["peer"]
+    peers["numpy" if on_host else "cupy"] = figures_of(found, "host" if on_host else "events")
     return make_row(
         "routing",
         model=shape.name,
         recipe=None,
         num_tokens=num_tokens,
         timing=timing,
-        peer="numpy" if on_host else "cupy",
-        peer_us=found.us,
+        **peer_fields(peers),
         variant=variant,
-        method="host" if on_host else f"graph of {GRAPH_CALLS}",
+        method=method,
         num_experts=shape.num_experts,
         top_k=shape.top_k,
         tile=case.tile,

@@ -9,6 +9,7 @@ on torch's CPU and in Triton's interpreter.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -95,6 +96,20 @@ class Peer:
     run: Callable[[int], Any]
     place: np.ndarray
     config: str | None = None
+
+
+@contextlib.contextmanager
+def guest(name: str) -> Iterator[None]:
+    """Let a peer fail: what is wrong is printed, and the run goes on without it."""
+    try:
+        yield
+    except Exception as error:
+        print(f"without {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def as_torch(x: Array | None) -> Any:

@@ -35,7 +35,7 @@ KEY = ("op", "model", "recipe", "num_tokens", "num_gpus")
 
 _TIMES = ("us", "us_min", "us_max")
 _RATES = ("tflops", "tbps", "peer_us")
-_PACKAGES = ("numpy", "ml_dtypes", "cuda-core", "cuda-bindings")
+_PACKAGES = ("numpy", "ml_dtypes", "cuda-core", "cuda-bindings", "torch", "triton")
 _CUPY = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
 
 
@@ -197,12 +197,31 @@ def make_row(
     return check_row(row | extra)
 
 
+def peer_fields(peers: Mapping[str, Row]) -> Row:
+    """Return the fields of a row that keep its peers.
+
+    Parameters
+    ----------
+    peers : mapping of str to dict
+        By name; each has ``us``, and what else is kept of it.
+
+    Returns
+    -------
+    dict
+        ``peer`` and ``peer_us`` of the fastest, None if there is none, and ``peers`` as given.
+    """
+    best = min(peers, key=lambda name: float(peers[name]["us"]), default=None)
+    us = None if best is None else peers[best]["us"]
+    return {"peer": best, "peer_us": us, "peers": dict(peers)}
+
+
 def check_row(row: Mapping[str, Any]) -> Row:
     """Return `row` with absent optional fields as None, or raise naming the field that is wrong.
 
     Required: ``op``, ``model``, ``recipe``, ``num_tokens``, ``num_gpus``. ``us``, ``us_min`` and
     ``us_max`` come together, or not at all in a row whose figure is no time. ``tflops``, ``tbps``,
-    ``peer`` and ``peer_us`` are optional, the last two together. Further fields are kept.
+    ``peer`` and ``peer_us`` are optional, the last two together, of the fastest where there are
+    several (:func:`peer_fields`). Further fields are kept.
 
     Raises
     ------
@@ -319,7 +338,10 @@ def print_table(
     roof_tflops: float | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print `rows` as a table, with rates as parts of the roofs measured in the same run."""
+    """Print `rows` as a table, with rates as parts of the roofs measured in the same run.
+
+    The cells of peers have a line for each, the fastest first.
+    """
     table = Table(title=title)
     for name in ("op", "model", "recipe"):
         table.add_column(name)
@@ -328,7 +350,7 @@ def print_table(
     for row in map(check_row, rows):
         timed = row["us"] is not None
         op = f"{row['op']} ({row['variant']})" if row.get("variant") else row["op"]
-        peer = row["peer_us"]
+        peers = _peer_times(row)
         table.add_row(
             op,
             row["model"] or "",
@@ -339,10 +361,18 @@ def print_table(
             f"{row['us_min']:.1f} .. {row['us_max']:.1f}" if timed else "",
             _rate(row["tflops"], roof_tflops),
             _rate(row["tbps"], roof_tbps),
-            "" if peer is None else f"{peer:.1f} ({row['peer']})",
-            f"{peer / row['us']:.2f}" if timed and peer is not None else "",
+            "\n".join(f"{us:.1f} ({name})" for name, us in peers),
+            "\n".join(f"{us / row['us']:.2f}" for _, us in peers) if timed else "",
         )
     (console or Console()).print(table)
+
+
+def _peer_times(row: Row) -> list[tuple[str, float]]:
+    """Return every peer of a row with its time, the fastest first."""
+    if row["peer"] is None:
+        return []
+    named = row.get("peers") or {row["peer"]: {"us": row["peer_us"]}}
+    return sorted(((name, float(of["us"])) for name, of in named.items()), key=lambda t: t[1])
 
 
 def _rate(value: float | None, roof: float | None) -> str:

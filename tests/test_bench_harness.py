@@ -15,6 +15,7 @@ from rich.console import Console
 
 from bench import harness, record
 from bench.harness import Timing, check_row, make_row, measure, print_table, write_results
+from bench.record import peer_fields
 from bench.shapes import MODELS, ModelShape, get_shape, make_bias, make_hidden_states, make_logits
 from cumoe.config import Routing, RoutingMethod
 
@@ -176,6 +177,20 @@ class TestRows:
         text = stream.getvalue()
         for part in ("layer", "1.5 .. 4.0", "320.00", "2.15 (50 %)", "(cublas)", "1.50", "(fp8)"):
             assert part in text
+
+    def test_peers(self):
+        peers = {"cupy": {"us": 500.0}, "triton": {"us": 3.0, "config": "1x512x1"}}
+        fields = peer_fields(peers)
+        assert fields == {"peer": "triton", "peer_us": 3.0, "peers": peers}
+        assert peer_fields({}) == {"peer": None, "peer_us": None, "peers": {}}
+        stream = io.StringIO()
+        rows = [ROW | TIMES | fields, ROW | TIMES | peer_fields({})]
+        print_table(rows, console=Console(file=stream, width=200))
+        lines = [line for line in stream.getvalue().splitlines() if "(" in line]
+        assert [line.replace("│", " ").split()[-3:] for line in lines] == [
+            ["3.0", "(triton)", "1.50"],
+            ["500.0", "(cupy)", "250.00"],
+        ]
 
 
 class TestResults:

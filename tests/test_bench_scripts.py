@@ -22,6 +22,7 @@ from bench import (
 )
 from bench.harness import Timing
 from bench.inputs import TINY, find_model, make_layer, make_weights
+from bench.stage_timing import has_triton
 from cumoe import Activation
 
 RECIPES = ("bf16", "fp8_block")
@@ -344,7 +345,8 @@ class TestDevice:
     def test_activation_bench(self, tmp_path):
         path = tmp_path / "stages.json"
         assert bench_activation.main(["--tokens", "1", "300", "--out", str(path)]) == 0
-        assert json.loads(path.read_text())["rows"][0]["peer"] == "cupy"
+        expected = {"cupy", "triton"} if has_triton() else {"cupy"}
+        assert set(json.loads(path.read_text())["rows"][0]["peers"]) == expected
 
     def test_routing_bench(self, tmp_path):
         path = tmp_path / "stages.json"
@@ -352,11 +354,15 @@ class TestDevice:
         assert bench_routing.main(args) == 0
         rows = json.loads(path.read_text())["rows"]
         assert [row["num_launches"] for row in rows if row["variant"] == "logits"] == [1, 1, 2]
+        expected = {"cupy", "triton"} if has_triton() else {"cupy"}
+        assert all(set(row["peers"]) == expected for row in rows)
 
     def test_quantize_bench(self, tmp_path):
         path = tmp_path / "stages.json"
         assert bench_quantize.main(["--tokens", "1", "300", "--out", str(path)]) == 0
-        assert json.loads(path.read_text())["rows"][0]["peer"] == "cupy"
+        for row in json.loads(path.read_text())["rows"]:
+            in_triton = has_triton() and "swizzled" not in (row["variant"] or "")
+            assert set(row["peers"]) == ({"cupy", "triton"} if in_triton else {"cupy"})
 
     def test_layer_bench(self, tmp_path):
         path = tmp_path / "layer.json"
