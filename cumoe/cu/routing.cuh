@@ -1,7 +1,8 @@
 // One token's experts and weights from its logits, by one warp, for all routing methods.
 //
 // Lane l holds the neighbouring experts l * kPerLane .. l * kPerLane + kPerLane - 1, so that equal keys go
-// to the lower lane as to the lower id, and an expert group is as a rule some whole lanes.
+// to the lower lane as to the lower id, and an expert group is as a rule some whole lanes. Of many experts
+// it holds l, l + 32, ..., and only those near the largest keys are looked at closely (kByList).
 // A key's order image (exact.cuh) decides; experts outside the picked groups have image 0 and are never
 // chosen. Images, sums and weights are computed with separately rounded operations, so the NumPy
 // twin gives the same bits.
@@ -11,6 +12,7 @@
 #pragma once
 
 #include "exact.cuh"
+#include "listed.cuh"
 #include "topk.cuh"
 #include "vec.cuh"
 
@@ -47,6 +49,9 @@ constexpr int kGroupLanes =
 /// Otherwise lane l holds the scores of groups l * kGroupSlots and on; its own if a lane is whole groups.
 constexpr bool kOwnGroups = kPerLane % kGroupSize == 0;
 constexpr int kGroupSlots = kOwnGroups ? kPerLane / kGroupSize : ceil_div(NUM_GROUPS, kWarpSize);
+
+/// Whether the experts that can be chosen are listed (listed.cuh), rather than all of them sorted.
+constexpr bool kByList = NUM_GROUPS == 1 && kPerLane * TOP_K > 128;
 
 /// Reads this lane's part of a row of NUM_EXPERTS elements; `past` for what is not in it.
 template <int TYPE>
@@ -88,7 +93,7 @@ __device__ __forceinline__ float load_logit(const void* logits, int64_t index) {
 }
 
 /// Maximum of a row, and the sum of its softmax terms in the order of warp_sum: lane l adds experts l,
-/// l + 32, ...
+/// l + 32, ...; `x` is any lane's part of the row.
 __device__ __forceinline__ void softmax_sum(float& row_max, float& row_sum,
                                             const float (&x)[kPerLane], const void* logits,
                                             int64_t row, int lane) {
@@ -97,7 +102,8 @@ __device__ __forceinline__ void softmax_sum(float& row_max, float& row_sum,
   for (int i = 0; i < kPerLane; ++i) own = fmaxf(own, x[i]);
   row_max = value_of_image(__reduce_max_sync(kFullMask, order_image(own)));
   row_sum = 0.0f;
-#pragma unroll
+  constexpr int kUnroll = kPerLane <= 16 ? kPerLane : 8;
+#pragma unroll kUnroll
   for (int i = 0; i < kPerLane; ++i) {
     const int expert = i * kWarpSize + lane;
     const float logit = expert < NUM_EXPERTS ? load_logit(logits, row + expert) : -INFINITY;
@@ -204,34 +210,39 @@ __device__ __forceinline__ void keep_best_groups(uint32_t (&image)[kPerLane], in
   }
 }
 
-/// Routes a token: calls emit(column, id, weight) in the lane of each column.
-template <class P, class Emit>
-__device__ __forceinline__ void token_columns(const P& p, int64_t token, int lane, Emit&& emit) {
-  const int64_t row = token * NUM_EXPERTS;
+/// The key of a logit, what the top-k is taken of; `x` is a number.
+__device__ __forceinline__ float key_of(float x, [[maybe_unused]] float bias, float row_max,
+                                        float row_sum) {
+  if constexpr (METHOD == kDefault) {
+    return row_sum > 0.0f ? __fdiv_rn(softmax_term(x, row_max), row_sum) : 0.0f;
+  } else if constexpr (kKeyIsSigmoid) {
+    float key = det_sigmoid(x);
+    if constexpr (kHasBias) {
+      if constexpr (BIAS_ROUND_BF16)
+        bias = f32_from_bf16(ptx::cvt_bf16x2_f32(bias, bias) & 0xffffu);
+      key = not_nan(__fadd_rn(key, bias));
+    }
+    return key;
+  } else {
+    return x;
+  }
+}
+
+/// The key of rank k, in lane k < TOP_K, with all experts sorted.
+template <class P>
+__device__ __forceinline__ Ranked select_by_sort(const P& p, int64_t row, int lane) {
   float x[kPerLane];
   load_lane<LOGITS_TYPE>(x, p.logits, row, lane, -INFINITY);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) x[i] = not_nan(x[i]);
-
-  // Keys: what the top-k is taken of.
   float row_max = 0.0f, row_sum = 0.0f;
   if constexpr (METHOD == kDefault) softmax_sum(row_max, row_sum, x, p.logits, row, lane);
-  [[maybe_unused]] float bias[kPerLane];
+  float bias[kPerLane] = {};
   if constexpr (kHasBias) load_lane<(kHasBias ? BIAS_TYPE : kF32)>(bias, p.bias, 0, lane, 0.0f);
   uint32_t image[kPerLane], sorted[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    float key = x[i];
-    if constexpr (METHOD == kDefault) {
-      key = row_sum > 0.0f ? __fdiv_rn(softmax_term(x[i], row_max), row_sum) : 0.0f;
-    } else if constexpr (kKeyIsSigmoid) {
-      key = det_sigmoid(x[i]);
-      if constexpr (kHasBias) {
-        float b = bias[i];
-        if constexpr (BIAS_ROUND_BF16) b = f32_from_bf16(ptx::cvt_bf16x2_f32(b, b) & 0xffffu);
-        key = not_nan(__fadd_rn(key, b));
-      }
-    }
+    const float key = key_of(x[i], bias[i], row_max, row_sum);
     const bool inside = NUM_EXPERTS % kPerLane == 0 && NUM_EXPERTS / kPerLane == kWarpSize ||
                         lane * kPerLane + i < NUM_EXPERTS;
     image[i] = inside ? order_image_of_number(key) : 0;
@@ -242,9 +253,69 @@ __device__ __forceinline__ void token_columns(const P& p, int64_t token, int lan
   for (int i = 0; i < kPerLane; ++i) sorted[i] = image[i];
   sort_descending(sorted);
   if constexpr (kGrouped && kGroupLanes > 0) keep_lanes_of_best_groups(sorted, lane);
+  return warp_top<TOP_K>(image, sorted, lane);
+}
+
+/// The same with only those listed that can be chosen. `list` is the warp's, of kListed words.
+template <class P>
+__device__ __forceinline__ Ranked select_by_list(const P& p, int64_t row, int lane,
+                                                 uint64_t* list) {
+  const auto logit_at = [&](int expert) { return load_logit(p.logits, row + expert); };
+  const auto bias_at = [&](int expert) {
+    if constexpr (kHasBias) return load_element<(kHasBias ? BIAS_TYPE : kF32)>(p.bias, expert);
+    return 0.0f;
+  };
+  float x[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int expert = i * kWarpSize + lane;
+    x[i] = expert < NUM_EXPERTS ? load_element<LOGITS_TYPE>(p.logits, row + expert) : -INFINITY;
+  }
+  float row_max = 0.0f, row_sum = 0.0f;
+  if constexpr (METHOD == kDefault) {
+    softmax_sum(row_max, row_sum, x, p.logits, row, lane);
+  } else if constexpr (kKeyIsSigmoid) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const float bias = bias_at(min(i * kWarpSize + lane, NUM_EXPERTS - 1));
+      x[i] = key_of(not_nan(x[i]), bias, row_max, row_sum);
+    }
+  }
+  float bound = bound_of_largest<TOP_K>(x);
+  if constexpr (METHOD == kDefault) {
+    // x is the logit. A term is within 1 ulp of its exponential, so the keys of logits 2^-12 apart are in
+    // their order and different, if both can be told from 0.
+    bound = __fsub_rn(bound, row_max) > -75.0f ? __fsub_rn(bound, 0x1p-12f) : -INFINITY;
+  }
+  uint32_t candidates[ceil_div(kPerLane, 32)] = {};
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (!(x[i] < bound)) candidates[i / 32] |= 1u << (i % 32);  // NaN, too
+  }
+  constexpr int kLast = kPerLane - 1;
+  if ((NUM_EXPERTS % kWarpSize != 0) && kLast * kWarpSize + lane >= NUM_EXPERTS) {
+    candidates[kLast / 32] &= ~(1u << (kLast % 32));
+  }
+  return ranked_of(largest_of_candidates<TOP_K, kPerLane>(candidates, list, lane, [&](int expert) {
+    const float key = key_of(logit_at(expert), bias_at(expert), row_max, row_sum);
+    return word_of(order_image_of_number(key), expert);
+  }));
+}
+
+/// Routes a token: calls emit(column, id, weight) in the lane of each column. A block has at most WARPS.
+template <int WARPS, class P, class Emit>
+__device__ __forceinline__ void token_columns(const P& p, int64_t token, int lane, Emit&& emit) {
+  const int64_t row = token * NUM_EXPERTS;
+  Ranked selected;
+  if constexpr (kByList) {
+    __shared__ ulonglong2 lists[WARPS][kListed / 2];
+    uint64_t* list = reinterpret_cast<uint64_t*>(lists[threadIdx.x / kWarpSize]);
+    selected = select_by_list(p, row, lane, list);
+  } else {
+    selected = select_by_sort(p, row, lane);
+  }
 
   // Lane k has column k.
-  const Ranked selected = warp_top<TOP_K>(image, sorted, lane);
   const float key = value_of_image(selected.image);
   float weight = key;  // the logit itself, or the weight that it was the key of
   if constexpr (kHasBias) {
@@ -296,12 +367,12 @@ __device__ __forceinline__ void write_slot(const P& p, int64_t token, int column
 }
 
 /// Routes tokens begin .. end - 1: calls emit(token, column, id, weight) for each slot.
-template <class P, class Emit>
+template <int WARPS, class P, class Emit>
 __device__ __forceinline__ void run_slots(const P& p, int begin, int end, int lane, Emit&& emit) {
 #pragma unroll 1
   for (int token = begin; token < end; ++token) {
-    token_columns(p, token, lane,
-                  [&](int column, int id, float weight) { emit(token, column, id, weight); });
+    token_columns<WARPS>(
+        p, token, lane, [&](int column, int id, float weight) { emit(token, column, id, weight); });
   }
 }
 

@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(MAX_WARPS* kWarpSize, 1)
   const int chunk_end = min(chunk_begin + p.chunk_tokens, p.num_tokens);
   const int run = ceil_div(p.chunk_tokens, warps);
   const int begin = min(chunk_begin + warp * run, chunk_end), end = min(begin + run, chunk_end);
-  run_slots(p, begin, end, lane, [&](int token, int column, int id, float weight) {
+  run_slots<MAX_WARPS>(p, begin, end, lane, [&](int token, int column, int id, float weight) {
     const int expert = p.experts.local(id, token);
     if (expert >= 0) count_slots(counts, expert, 1);
     write_slot(p, token, column, id, weight);

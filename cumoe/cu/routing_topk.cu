@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK* kWarpSize)
       static_cast<int64_t>(blockIdx.x) * WARPS_PER_BLOCK + threadIdx.x / kWarpSize;
   ptx::griddepcontrol_wait();
   if (token >= p.num_tokens) return;
-  token_columns(p, token, lane, [&](int column, int id, float weight) {
+  token_columns<WARPS_PER_BLOCK>(p, token, lane, [&](int column, int id, float weight) {
     write_slot(p, token, column, id, weight);
   });
 }
