@@ -19,35 +19,27 @@ __device__ __forceinline__ float exp_polynomial(float r) {
   return __fadd_rn(p, 1.0f);
 }
 
-/// exp(x) within 1 ulp by a fixed sequence of operations; subnormal results are rounded once.
-__device__ __forceinline__ float det_exp(float x) {
-  x = fminf(fmaxf(x, -104.0f), 89.0f);
-  const float n = rintf(__fmul_rn(x, 0x1.715476p+0f));
-  float r = __fsub_rn(x, __fmul_rn(n, 0x1.62e4p-1f));
+/// exp(x) * 2^SCALE within 1 ulp by a fixed sequence of operations, for x <= 0 of which that is no subnormal
+/// number. Products that are exact are fused with the sum.
+template <int SCALE>
+__device__ __forceinline__ float exp_scaled(float x) {
+  constexpr float kRound = 0x1.8p+23f;  // a sum with it is rounded to an integer
+  const float shifted = __fadd_rn(__fmul_rn(x, 0x1.715476p+0f), kRound);
+  const float n = __fsub_rn(shifted, kRound);
+  float r = __fmaf_rn(n, -0x1.62e4p-1f, x);
   r = __fsub_rn(r, __fmul_rn(n, 0x1.7f7d1cp-20f));
-  float p = exp_polynomial(r);
-  const int i = static_cast<int>(n);
-  const int half = i >> 1;
-  p = __fmul_rn(p, __int_as_float((half + 127) << 23));
-  return __fmul_rn(p, __int_as_float((i - half + 127) << 23));
+  const uint32_t p = __float_as_uint(exp_polynomial(r)) + (SCALE << 23);
+  return __uint_as_float(p + (__float_as_uint(shifted) << 23));
 }
 
 /// 0.5 * tanh(0.5 * x) + 0.5 for x that is not NaN; saturates to exactly 0 and 1 near |x| = 17.
 ///
-/// With e = det_exp(-|x|): 0.5 + 0.5 * copysign((1 - e) / (1 + e), x), in fewer instructions to the same
-/// bits. Below -80 nothing is left of e in 1 - e and 1 + e, and above it the power of two is a normal
-/// number, so it is one addition to the exponent. Products that are exact are fused with the sum.
+/// With e = exp(-|x|): 0.5 + 0.5 * copysign((1 - e) / (1 + e), x), in fewer instructions to the same bits.
+/// Below -80 nothing is left of e in 1 - e and 1 + e.
 /// NOTE: the quotient is that of __fdiv_rn for every e, with a reciprocal up to 4 ulp off: all of them were
 /// tried. Only e = 1 - 2^-23, half way between two numbers but for 2^-48, does not come out by itself.
 __device__ __forceinline__ float det_sigmoid(float x) {
-  constexpr float kRound = 0x1.8p+23f;  // a sum with it is rounded to an integer
-  const float a = fmaxf(-fabsf(x), -80.0f);
-  const float shifted = __fadd_rn(__fmul_rn(a, 0x1.715476p+0f), kRound);
-  const float n = __fsub_rn(shifted, kRound);
-  float r = __fmaf_rn(n, -0x1.62e4p-1f, a);
-  r = __fsub_rn(r, __fmul_rn(n, 0x1.7f7d1cp-20f));
-  const float p = exp_polynomial(r);
-  const float e = __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+  const float e = exp_scaled<0>(fmaxf(-fabsf(x), -80.0f));
   const float numerator = __fsub_rn(1.0f, e), denominator = __fadd_rn(1.0f, e);
   float reciprocal = ptx::rcp_approx_ftz(denominator);
   reciprocal = __fmaf_rn(__fmaf_rn(-denominator, reciprocal, 1.0f), reciprocal, reciprocal);
@@ -58,9 +50,12 @@ __device__ __forceinline__ float det_sigmoid(float x) {
 }
 
 /// Numerator of a softmax term under the maximum `m`: 0 for -inf, 1 at the maximum.
+///
+/// exp(x - m), which is 0 below -103.98; a subnormal one is rounded once, by the last product. NaN, which
+/// is the difference of infinities, counts as -104.
 __device__ __forceinline__ float softmax_term(float x, float m) {
-  if (x == -INFINITY) return 0.0f;
-  return x == m ? 1.0f : det_exp(__fsub_rn(x, m));
+  const float term = __fmul_rn(exp_scaled<64>(fmaxf(__fsub_rn(x, m), -104.0f)), 0x1p-64f);
+  return x == INFINITY ? 1.0f : term;
 }
 
 /// Adds one value per lane by butterfly; every lane gets the same bits.
