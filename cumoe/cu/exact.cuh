@@ -23,13 +23,13 @@ __device__ __forceinline__ float exp_polynomial(float r) {
 /// number. Products that are exact are fused with the sum.
 template <int SCALE>
 __device__ __forceinline__ float exp_scaled(float x) {
-  constexpr float kRound = 0x1.8p+23f;  // a sum with it is rounded to an integer
+  constexpr float kRound = 0x1.8p+23f + SCALE;  // a sum with it is rounded to an integer
   const float shifted = __fadd_rn(__fmul_rn(x, 0x1.715476p+0f), kRound);
   const float n = __fsub_rn(shifted, kRound);
   float r = __fmaf_rn(n, -0x1.62e4p-1f, x);
   r = __fsub_rn(r, __fmul_rn(n, 0x1.7f7d1cp-20f));
-  const uint32_t p = __float_as_uint(exp_polynomial(r)) + (SCALE << 23);
-  return __uint_as_float(p + (__float_as_uint(shifted) << 23));
+  const uint32_t power = __float_as_uint(shifted) << 23;
+  return __uint_as_float(__float_as_uint(exp_polynomial(r)) + power);
 }
 
 /// 0.5 * tanh(0.5 * x) + 0.5 for x that is not NaN; saturates to exactly 0 and 1 near |x| = 17.
@@ -49,12 +49,14 @@ __device__ __forceinline__ float det_sigmoid(float x) {
   return __fmaf_rn(0.5f, copysignf(t, x), 0.5f);
 }
 
+/// exp(x) for x <= 0; 0 below -103.98, as for NaN. A subnormal one is rounded once, by the product.
+__device__ __forceinline__ float exp_of_difference(float x) {
+  return __fmul_rn(exp_scaled<64>(fmaxf(x, -104.0f)), 0x1p-64f);
+}
+
 /// Numerator of a softmax term under the maximum `m`: 0 for -inf, 1 at the maximum.
-///
-/// exp(x - m), which is 0 below -103.98; a subnormal one is rounded once, by the last product. NaN, which
-/// is the difference of infinities, counts as -104.
 __device__ __forceinline__ float softmax_term(float x, float m) {
-  const float term = __fmul_rn(exp_scaled<64>(fmaxf(__fsub_rn(x, m), -104.0f)), 0x1p-64f);
+  const float term = exp_of_difference(__fsub_rn(x, m));  // of infinities, that is NaN
   return x == INFINITY ? 1.0f : term;
 }
 

@@ -72,8 +72,9 @@ __device__ __forceinline__ void count_larger(int (&larger)[OWN], const uint64_t 
     const ulonglong2 a = pairs[i / 2], b = pairs[i / 2 + 1];
 #pragma unroll
     for (int j = 0; j < OWN; ++j) {
-      larger[j] += (a.x > own[j] ? 1 : 0) + (a.y > own[j] ? 1 : 0);
-      larger[j] += (b.x > own[j] ? 1 : 0) + (b.y > own[j] ? 1 : 0);
+      const int of_a = (a.x > own[j] ? 1 : 0) + (a.y > own[j] ? 1 : 0);
+      const int of_b = (b.x > own[j] ? 1 : 0) + (b.y > own[j] ? 1 : 0);
+      larger[j] += of_a + of_b;
     }
   }
 }
@@ -129,10 +130,16 @@ __device__ __forceinline__ uint64_t largest_of_candidates(
       }
     }
     __syncwarp();
+    constexpr bool kRarelyTwo = COUNT <= 24;  // words of a lane
 #pragma unroll
     for (int j = 0; j < kListed; j += kWarpSize) {
-      uint64_t* place = list + j + lane;
-      *place = j + lane < held ? word_at(static_cast<int>(*place)) : 0;
+      uint64_t word = 0;
+      if (j == 0 || !kRarelyTwo || held > j) {
+        const bool inside = j + lane < held;
+        word = word_at(inside ? static_cast<int>(list[j + lane]) : 0);
+        if (!inside) word = 0;
+      }
+      list[j + lane] = word;
     }
   } else {
     // Many, perhaps all of them equal: 32 indices at a time, of which only those count that are larger than

@@ -92,8 +92,23 @@ __device__ __forceinline__ float load_logit(const void* logits, int64_t index) {
   return not_nan(load_element<LOGITS_TYPE>(logits, index));
 }
 
-/// Maximum of a row, and the sum of its softmax terms in the order of warp_sum: lane l adds experts l,
-/// l + 32, ...; `x` is any lane's part of the row.
+/// Adds term_of(logit) over a row in the order of warp_sum: lane l adds experts l, l + 32, ...
+template <class TermOf>
+__device__ __forceinline__ float sum_of_terms(const void* logits, int64_t row, int lane,
+                                              TermOf&& term_of) {
+  constexpr int kUnroll = kPerLane <= 16 ? kPerLane : 8;
+  float sum = 0.0f;
+#pragma unroll kUnroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int expert = i * kWarpSize + lane;
+    const bool inside = NUM_EXPERTS % kWarpSize == 0 || expert < NUM_EXPERTS;
+    if (inside) sum = __fadd_rn(sum, term_of(load_element<LOGITS_TYPE>(logits, row + expert)));
+  }
+  return warp_sum(sum);
+}
+
+/// Maximum of a row, of which `x` is any lane's part, and the sum of its softmax terms. The sum is at
+/// least 1, which it is by itself but for a row of -inf.
 __device__ __forceinline__ void softmax_sum(float& row_max, float& row_sum,
                                             const float (&x)[kPerLane], const void* logits,
                                             int64_t row, int lane) {
@@ -101,16 +116,13 @@ __device__ __forceinline__ void softmax_sum(float& row_max, float& row_sum,
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) own = fmaxf(own, x[i]);
   row_max = value_of_image(__reduce_max_sync(kFullMask, order_image(own)));
-  row_sum = 0.0f;
-  constexpr int kUnroll = kPerLane <= 16 ? kPerLane : 8;
-#pragma unroll kUnroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = i * kWarpSize + lane;
-    const float logit = expert < NUM_EXPERTS ? load_logit(logits, row + expert) : -INFINITY;
-    const float term = softmax_term(logit, row_max);
-    row_sum = i == 0 ? term : __fadd_rn(row_sum, term);
+  if (row_max == INFINITY) {
+    row_sum = sum_of_terms(logits, row, lane, [](float x) { return x == INFINITY ? 1.0f : 0.0f; });
+  } else {
+    row_sum = sum_of_terms(logits, row, lane,
+                           [&](float x) { return exp_of_difference(__fsub_rn(x, row_max)); });
   }
-  row_sum = warp_sum(row_sum);
+  row_sum = fmaxf(row_sum, 1.0f);
 }
 
 /// Image of a group's score, the sum of its two largest keys.
@@ -214,7 +226,7 @@ __device__ __forceinline__ void keep_best_groups(uint32_t (&image)[kPerLane], in
 __device__ __forceinline__ float key_of(float x, [[maybe_unused]] float bias, float row_max,
                                         float row_sum) {
   if constexpr (METHOD == kDefault) {
-    return row_sum > 0.0f ? __fdiv_rn(softmax_term(x, row_max), row_sum) : 0.0f;
+    return __fdiv_rn(softmax_term(x, row_max), row_sum);
   } else if constexpr (kKeyIsSigmoid) {
     float key = det_sigmoid(x);
     if constexpr (kHasBias) {
