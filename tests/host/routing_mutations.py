@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.host.mutations import BARRIER, Mutation
 
-ROUTING, TOPK, PERMUTE = "routing.cuh", "topk.cuh", "permute.cuh"
+ROUTING, TOPK, LISTED, PERMUTE = "routing.cuh", "topk.cuh", "listed.cuh", "permute.cuh"
 
 ROUTING_MUTATIONS = {
     # Selection.
@@ -19,7 +19,7 @@ ROUTING_MUTATIONS = {
         ROUTING, "x[i] = not_nan(x[i]);", "x[i] = x[i];", "routing_topk", case="top_k"
     ),
     "routing: bias of NaN": Mutation(
-        ROUTING, "key = not_nan(__fadd_rn(key, b));", "key = __fadd_rn(key, b);", "routing_topk",
+        ROUTING, "key = not_nan(__fadd_rn(key, bias));", "key = __fadd_rn(key, bias);", "routing_topk",
         case="bias without numbers",
     ),
     "routing: scale": Mutation(
@@ -57,14 +57,92 @@ ROUTING_MUTATIONS = {
         TOPK, "lane > 0 && image_before == mine", "image_before == mine", "routing_topk"
     ),
     "top-k: ties past the first word": Mutation(
-        TOPK, "equal[i / 32]", "equal[0]", "routing_permute", case="block, 2048 experts"
+        TOPK, "equal[i / 32]", "equal[0]", "routing_permute", case="block, 2048 experts in groups"
     ),
     "top-k: sort": Mutation(
         TOPK, "if constexpr (STEP > 1) sort_pass<SORTED, STEP / 2>(v);", "", "routing_topk",
         case="deepseek_v3 groups of one lane",
     ),
+    "list: bound": Mutation(
+        LISTED, "if (groups < COUNT) {", "if (groups + 1 < COUNT) {", "routing_topk",
+        case="top_k list",
+    ),
+    "list: bound of NaN": Mutation(
+        ROUTING, "!(x[i] < bound)", "x[i] >= bound", "routing_topk", case="top_k list"
+    ),
+    "list: bound of terms": Mutation(
+        ROUTING, "__fsub_rn(bound, 0x1p-12f)", "bound", "routing_topk", case="default list"
+    ),
+    "list: bound of terms of 0": Mutation(
+        ROUTING, "> -75.0f ?", "> -750.0f ?", "routing_topk", case="default list"
+    ),
+    "list: experts": Mutation(
+        ROUTING, "kLast * kWarpSize + lane >= NUM_EXPERTS", "lane < 0", "routing_topk",
+        case="top_k list",
+    ),
+    "list: sum with infinity": Mutation(
+        ROUTING, "if (row_max == INFINITY) {", "if (row_max != row_max) {", "routing_topk",
+        case="default list",
+    ),
+    "list: sum of nothing": Mutation(
+        ROUTING, "row_sum = fmaxf(row_sum, 1.0f);", "", "routing_topk", case="default list"
+    ),
+    "list: places": Mutation(
+        LISTED, "if (lane >= offset) through", "if (lane > offset) through", "routing_topk",
+        case="top_k list",
+    ),
+    "list: words past the first": Mutation(
+        LISTED, "(32 * w + __ffs(left) - 1)", "(__ffs(left) - 1)", "routing_topk",
+        case="top_k list",
+    ),
+    "list: ends": Mutation(
+        LISTED, "if (!inside) word = 0;", "", "routing_topk", case="top_k_sigmoid list"
+    ),
+    "list: second word of a lane": Mutation(
+        LISTED, "held > j", "held > 2 * j", "routing_topk", case="top_k_sigmoid list"
+    ),
+    "list: ties": Mutation(
+        LISTED, "static_cast<uint32_t>(~index)", "static_cast<uint32_t>(index)", "routing_topk",
+        case="top_k list",
+    ),
+    "list: ranks": Mutation(
+        LISTED, "larger[j] += of_a + of_b;", "larger[j] += of_a;", "routing_topk",
+        case="top_k list",
+    ),
+    "list: bar": Mutation(
+        LISTED, "bar = list[COUNT - 1];", "bar = list[0];", "routing_topk", case="default list"
+    ),
+    "list: rows of many": Mutation(
+        LISTED, "if (i >= 32 * w) mine", "if (i < 32 * w) mine", "routing_topk",
+        case="default list",
+    ),
+    "list: dropped words": Mutation(
+        LISTED, "  list[lane] = list[kWarpSize + lane] = 0;\n  __syncwarp();\n#pragma",
+        "  __syncwarp();\n#pragma", "routing_topk", case="default list",
+    ),
+    "list: words are read before they are dropped": Mutation(
+        LISTED, "  __syncwarp();\n  list[lane]", "  list[lane]", "routing_topk",
+        case="default list",
+    ),
+    "list: words are dropped before they are written": Mutation(
+        LISTED, "  __syncwarp();\n#pragma", "#pragma", "routing_topk", case="default list"
+    ),
+    "list: indices are complete": Mutation(
+        LISTED, "    __syncwarp();\n    constexpr", "    constexpr", "routing_topk",
+        case="default list",
+    ),
+    "list: words are complete": Mutation(
+        LISTED, "  __syncwarp();\n  sort_list", "  sort_list", "routing_topk", case="default list"
+    ),
+    "softmax: term of infinity": Mutation(
+        "exact.cuh", "return x == INFINITY ? 1.0f : term;", "return term;", "routing_topk",
+        case="hard to sort",
+    ),
+    "softmax: subnormal terms": Mutation(
+        "exact.cuh", "fmaxf(x, -104.0f)", "fmaxf(x, -87.0f)", "routing_topk", case="default list"
+    ),
     "sigmoid: reduction": Mutation(
-        "exact.cuh", "__fmaf_rn(n, -0x1.62e4p-1f, a)", "__fmaf_rn(n, -0x1.62e3p-1f, a)",
+        "exact.cuh", "__fmaf_rn(n, -0x1.62e4p-1f, x)", "__fmaf_rn(n, -0x1.62e3p-1f, x)",
         "routing_topk", case="many sigmoids",
     ),
     "sigmoid: quotient": Mutation(
