@@ -19,8 +19,8 @@ ROUTING_MUTATIONS = {
         ROUTING, "x[i] = not_nan(x[i]);", "x[i] = x[i];", "routing_topk", case="top_k"
     ),
     "routing: bias of NaN": Mutation(
-        ROUTING, "key = not_nan(__fadd_rn(key, bias));", "key = __fadd_rn(key, bias);", "routing_topk",
-        case="bias without numbers",
+        ROUTING, "key = not_nan(__fadd_rn(key, bias));", "key = __fadd_rn(key, bias);",
+        "routing_topk", case="bias without numbers",
     ),
     "routing: scale": Mutation(
         ROUTING, "__fmul_rn(weight, p.scaling_factor), ", "weight, ", "routing_topk",
