@@ -321,7 +321,7 @@ __device__ __forceinline__ void token_columns(const P& p, int64_t token, int lan
   Ranked selected;
   if constexpr (kByList) {
     __shared__ ulonglong2 lists[WARPS][kListed / 2];
-    uint64_t* list = reinterpret_cast<uint64_t*>(lists[threadIdx.x / kWarpSize]);
+    uint64_t* list = reinterpret_cast<uint64_t*>(lists[warp_of_block()]);
     selected = select_by_list(p, row, lane, list);
   } else {
     selected = select_by_sort(p, row, lane);

@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(MAX_WARPS* kWarpSize, 1)
   // NOTE: permute_place waits for this grid's end before it reads anything.
   ptx::griddepcontrol_launch_dependents();
   __syncthreads();
-  const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warps = blockDim.x / kWarpSize, warp = warp_of_block();
   const int chunk_begin = blockIdx.x * p.chunk_tokens;
   const int chunk_end = min(chunk_begin + p.chunk_tokens, p.num_tokens);
   const int run = ceil_div(p.chunk_tokens, warps);

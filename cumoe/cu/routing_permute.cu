@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
     routing_permute(const __grid_constant__ Params p) {
   extern __shared__ uint32_t smem[];
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_of_block();
   const int chunk = blockIdx.x;
   const PermuteShared shared(smem, p.experts, NUM_WARPS);
   uint32_t* counts = shared.end;
