@@ -92,17 +92,31 @@ __device__ __forceinline__ float load_logit(const void* logits, int64_t index) {
   return not_nan(load_element<LOGITS_TYPE>(logits, index));
 }
 
-/// Adds term_of(logit) over a row in the order of warp_sum: lane l adds experts l, l + 32, ...
-template <class TermOf>
-__device__ __forceinline__ float sum_of_terms(const void* logits, int64_t row, int lane,
-                                              TermOf&& term_of) {
-  constexpr int kUnroll = kPerLane <= 16 ? kPerLane : 8;
+/// Numbers of a lane on which an operation is done before the next; so many hide what each takes.
+constexpr int kBatch = kPerLane <= 16 ? kPerLane : 8;
+
+/// Sum of a row's softmax terms in the order of warp_sum: lane l adds experts l, l + 32, ... With infinity
+/// for the maximum, each infinite logit has term 1 and the others 0.
+template <bool INFINITE>
+__device__ __forceinline__ float sum_of_terms(const void* logits, int64_t row, float row_max,
+                                              int lane) {
   float sum = 0.0f;
-#pragma unroll kUnroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = i * kWarpSize + lane;
-    const bool inside = NUM_EXPERTS % kWarpSize == 0 || expert < NUM_EXPERTS;
-    if (inside) sum = __fadd_rn(sum, term_of(load_element<LOGITS_TYPE>(logits, row + expert)));
+#pragma unroll 1
+  for (int first = 0; first < kPerLane; first += kBatch) {
+    float x[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int expert = (first + i) * kWarpSize + lane;
+      const bool inside = NUM_EXPERTS % (kBatch * kWarpSize) == 0 || expert < NUM_EXPERTS;
+      x[i] = inside ? load_element<LOGITS_TYPE>(logits, row + expert) : -INFINITY;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      x[i] = INFINITE ? (x[i] == INFINITY ? 1.0f : 0.0f) : __fsub_rn(x[i], row_max);
+    }
+    if constexpr (!INFINITE) exp_of_difference(x);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum = __fadd_rn(sum, x[i]);
   }
   return warp_sum(sum);
 }
@@ -116,12 +130,8 @@ __device__ __forceinline__ void softmax_sum(float& row_max, float& row_sum,
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) own = fmaxf(own, x[i]);
   row_max = value_of_image(__reduce_max_sync(kFullMask, order_image(own)));
-  if (row_max == INFINITY) {
-    row_sum = sum_of_terms(logits, row, lane, [](float x) { return x == INFINITY ? 1.0f : 0.0f; });
-  } else {
-    row_sum = sum_of_terms(logits, row, lane,
-                           [&](float x) { return exp_of_difference(__fsub_rn(x, row_max)); });
-  }
+  row_sum = row_max == INFINITY ? sum_of_terms<true>(logits, row, row_max, lane)
+                                : sum_of_terms<false>(logits, row, row_max, lane);
   row_sum = fmaxf(row_sum, 1.0f);
 }
 
@@ -222,39 +232,53 @@ __device__ __forceinline__ void keep_best_groups(uint32_t (&image)[kPerLane], in
   }
 }
 
-/// The key of a logit, what the top-k is taken of; `x` is a number.
-__device__ __forceinline__ float key_of(float x, [[maybe_unused]] float bias, float row_max,
-                                        float row_sum) {
-  if constexpr (METHOD == kDefault) {
-    return __fdiv_rn(softmax_term(x, row_max), row_sum);
-  } else if constexpr (kKeyIsSigmoid) {
-    float key = det_sigmoid(x);
-    if constexpr (kHasBias) {
-      if constexpr (BIAS_ROUND_BF16)
-        bias = f32_from_bf16(ptx::cvt_bf16x2_f32(bias, bias) & 0xffffu);
-      key = not_nan(__fadd_rn(key, bias));
+/// det_sigmoid of each number.
+template <int N>
+__device__ __forceinline__ void sigmoids(float (&x)[N]) {
+#pragma unroll
+  for (int first = 0; first < N; first += kBatch) {
+    float batch[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) batch[i] = x[min(first + i, N - 1)];
+    det_sigmoid(batch);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i < N) x[first + i] = batch[i];
     }
-    return key;
-  } else {
-    return x;
   }
 }
 
-/// The key of rank k, in lane k < TOP_K, with all experts sorted.
+/// The sum of a sigmoid and a bias.
+__device__ __forceinline__ float biased(float score, float bias) {
+  if constexpr (BIAS_ROUND_BF16) bias = f32_from_bf16(ptx::cvt_bf16x2_f32(bias, bias) & 0xffffu);
+  return not_nan(__fadd_rn(score, bias));
+}
+
+/// What is chosen in a lane.
+struct Selected {
+  uint32_t image;  // of the key
+  int index;
+  float score;  // sigmoid of the logit, if there are biases
+};
+
+/// What has rank k, in lane k < TOP_K, with all experts sorted.
 template <class P>
-__device__ __forceinline__ Ranked select_by_sort(const P& p, int64_t row, int lane) {
+__device__ __forceinline__ Selected select_by_sort(const P& p, int64_t row, int lane) {
   float x[kPerLane];
   load_lane<LOGITS_TYPE>(x, p.logits, row, lane, -INFINITY);
+  [[maybe_unused]] float bias[kPerLane];
+  if constexpr (kHasBias) load_lane<(kHasBias ? BIAS_TYPE : kF32)>(bias, p.bias, 0, lane, 0.0f);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) x[i] = not_nan(x[i]);
   float row_max = 0.0f, row_sum = 0.0f;
   if constexpr (METHOD == kDefault) softmax_sum(row_max, row_sum, x, p.logits, row, lane);
-  float bias[kPerLane] = {};
-  if constexpr (kHasBias) load_lane<(kHasBias ? BIAS_TYPE : kF32)>(bias, p.bias, 0, lane, 0.0f);
+  if constexpr (kKeyIsSigmoid) sigmoids(x);
   uint32_t image[kPerLane], sorted[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const float key = key_of(x[i], bias[i], row_max, row_sum);
+    float key = x[i];
+    if constexpr (METHOD == kDefault) key = __fdiv_rn(softmax_term(x[i], row_max), row_sum);
+    if constexpr (kHasBias) key = biased(x[i], bias[i]);
     const bool inside = NUM_EXPERTS % kPerLane == 0 && NUM_EXPERTS / kPerLane == kWarpSize ||
                         lane * kPerLane + i < NUM_EXPERTS;
     image[i] = inside ? order_image_of_number(key) : 0;
@@ -265,17 +289,27 @@ __device__ __forceinline__ Ranked select_by_sort(const P& p, int64_t row, int la
   for (int i = 0; i < kPerLane; ++i) sorted[i] = image[i];
   sort_descending(sorted);
   if constexpr (kGrouped && kGroupLanes > 0) keep_lanes_of_best_groups(sorted, lane);
-  return warp_top<TOP_K>(image, sorted, lane);
+  const Ranked ranked = warp_top<TOP_K>(image, sorted, lane);
+  Selected selected = {ranked.image, ranked.index, 0.0f};
+  if constexpr (kHasBias) {
+    const int owner = ranked.index / kPerLane, own = ranked.index % kPerLane;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const float score = __shfl_sync(kFullMask, x[i], owner);
+      if (own == i) selected.score = score;
+    }
+  }
+  return selected;
 }
 
 /// The same with only those listed that can be chosen. `list` is the warp's, of kListed words.
 template <class P>
-__device__ __forceinline__ Ranked select_by_list(const P& p, int64_t row, int lane,
-                                                 uint64_t* list) {
+__device__ __forceinline__ Selected select_by_list(const P& p, int64_t row, int lane,
+                                                   uint64_t* list) {
   const auto logit_at = [&](int expert) { return load_logit(p.logits, row + expert); };
-  const auto bias_at = [&](int expert) {
-    if constexpr (kHasBias) return load_element<(kHasBias ? BIAS_TYPE : kF32)>(p.bias, expert);
-    return 0.0f;
+  const auto key_at = [&](int expert, float score) {
+    if constexpr (!kHasBias) return score;
+    return biased(score, load_element<(kHasBias ? BIAS_TYPE : kF32)>(p.bias, expert));
   };
   float x[kPerLane];
 #pragma unroll
@@ -288,9 +322,11 @@ __device__ __forceinline__ Ranked select_by_list(const P& p, int64_t row, int la
     softmax_sum(row_max, row_sum, x, p.logits, row, lane);
   } else if constexpr (kKeyIsSigmoid) {
 #pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] = not_nan(x[i]);
+    sigmoids(x);
+#pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const float bias = bias_at(min(i * kWarpSize + lane, NUM_EXPERTS - 1));
-      x[i] = key_of(not_nan(x[i]), bias, row_max, row_sum);
+      x[i] = key_at(min(i * kWarpSize + lane, NUM_EXPERTS - 1), x[i]);
     }
   }
   float bound = bound_of_largest<TOP_K>(x);
@@ -308,17 +344,26 @@ __device__ __forceinline__ Ranked select_by_list(const P& p, int64_t row, int la
   if ((NUM_EXPERTS % kWarpSize != 0) && kLast * kWarpSize + lane >= NUM_EXPERTS) {
     candidates[kLast / 32] &= ~(1u << (kLast % 32));
   }
-  return ranked_of(largest_of_candidates<TOP_K, kPerLane>(candidates, list, lane, [&](int expert) {
-    const float key = key_of(logit_at(expert), bias_at(expert), row_max, row_sum);
+  const auto word_at = [&](int expert) {
+    float key = logit_at(expert);
+    if constexpr (METHOD == kDefault) key = __fdiv_rn(softmax_term(key, row_max), row_sum);
+    if constexpr (kKeyIsSigmoid) key = key_at(expert, det_sigmoid(key));
     return word_of(order_image_of_number(key), expert);
-  }));
+  };
+  const Ranked ranked =
+      ranked_of(largest_of_candidates<TOP_K, kPerLane>(candidates, list, lane, word_at));
+  Selected selected = {ranked.image, ranked.index, 0.0f};
+  if constexpr (kHasBias) {
+    selected.score = det_sigmoid(lane < TOP_K ? logit_at(ranked.index) : 0.0f);
+  }
+  return selected;
 }
 
 /// Routes a token: calls emit(column, id, weight) in the lane of each column. A block has at most WARPS.
 template <int WARPS, class P, class Emit>
 __device__ __forceinline__ void token_columns(const P& p, int64_t token, int lane, Emit&& emit) {
   const int64_t row = token * NUM_EXPERTS;
-  Ranked selected;
+  Selected selected;
   if constexpr (kByList) {
     __shared__ ulonglong2 lists[WARPS][kListed / 2];
     uint64_t* list = reinterpret_cast<uint64_t*>(lists[warp_of_block()]);
@@ -331,7 +376,7 @@ __device__ __forceinline__ void token_columns(const P& p, int64_t token, int lan
   const float key = value_of_image(selected.image);
   float weight = key;  // the logit itself, or the weight that it was the key of
   if constexpr (kHasBias) {
-    weight = det_sigmoid(lane < TOP_K ? load_logit(p.logits, row + selected.index) : 0.0f);
+    weight = selected.score;
   } else if constexpr (METHOD == kRenormalize) {
     weight = softmax_term(key, __shfl_sync(kFullMask, key, 0));
   } else if constexpr (METHOD == kLlama4 || METHOD == kTopKSigmoid) {
