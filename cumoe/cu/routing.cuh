@@ -157,11 +157,18 @@ __device__ __forceinline__ void keep_lanes_of_best_groups(uint32_t (&sorted)[kPe
   }
   const uint32_t score = score_image(first, second);
   constexpr int kLanes = kGroupLanes > 0 ? kGroupLanes : 1;
-  int better = 0;  // groups before this one in the order of scores
+  int better =
+      0;  // groups before this one in the order of scores, of which each of its lanes sees a part
 #pragma unroll
-  for (int group = 0; group < NUM_GROUPS; ++group) {
+  for (int first = 0; first < NUM_GROUPS; first += kLanes) {
+    const int group = first + lane % kLanes;
     const uint32_t other = __shfl_sync(kFullMask, score, group * kLanes);
-    better += other + (group < lane / kLanes ? 1u : 0u) > score ? 1 : 0;
+    const bool inside = NUM_GROUPS % kLanes == 0 || group < NUM_GROUPS;
+    better += inside && other + (group < lane / kLanes ? 1u : 0u) > score ? 1 : 0;
+  }
+#pragma unroll
+  for (int offset = 1; offset < kLanes; offset *= 2) {
+    better += __shfl_xor_sync(kFullMask, better, offset);
   }
   if (better >= TOP_GROUPS) {
 #pragma unroll

@@ -136,6 +136,7 @@ ROUTING_CASES = [
             replay=True,
         ),
     ),
+    Case("deepseek_v3 few groups", _routing(Routing("deepseek_v3", 48, 8, 3, 2), bias=F32)),
     Case("deepseek_v3 groups of one", _routing(Routing("deepseek_v3", 12, 3, 12, 5))),
     Case("deepseek_v3 ungrouped", _routing(Routing("deepseek_v3", 33, 5), bias=BF16)),
     Case(

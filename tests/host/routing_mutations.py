@@ -19,7 +19,7 @@ ROUTING_MUTATIONS = {
         ROUTING, "x[i] = not_nan(x[i]);", "x[i] = x[i];", "routing_topk", case="top_k"
     ),
     "routing: bias of NaN": Mutation(
-        ROUTING, "key = not_nan(__fadd_rn(key, bias));", "key = __fadd_rn(key, bias);",
+        ROUTING, "return not_nan(__fadd_rn(score, bias));", "return __fadd_rn(score, bias);",
         "routing_topk", case="bias without numbers",
     ),
     "routing: scale": Mutation(
@@ -33,6 +33,17 @@ ROUTING_MUTATIONS = {
     "routing: ties of groups": Mutation(
         ROUTING, "(group < lane / kLanes ? 1u : 0u)", "0u", "routing_topk",
         case="deepseek_v3 groups of one",
+    ),
+    "routing: groups that a lane sees": Mutation(
+        ROUTING, "inside && other", "other", "routing_topk", case="deepseek_v3 few groups"
+    ),
+    "routing: groups that other lanes see": Mutation(
+        ROUTING, "better += __shfl_xor_sync(kFullMask, better, offset);", "", "routing_topk",
+        case="deepseek_v3 groups",
+    ),
+    "routing: score of its lane": Mutation(
+        ROUTING, "if (own == i) selected.score", "if (own <= i) selected.score", "routing_topk",
+        case="deepseek_v3 ungrouped",
     ),
     "routing: second of a group": Mutation(
         ROUTING, "max(min(first, other_first), max(second, other_second))",
@@ -81,7 +92,7 @@ ROUTING_MUTATIONS = {
         case="top_k list",
     ),
     "list: sum with infinity": Mutation(
-        ROUTING, "if (row_max == INFINITY) {", "if (row_max != row_max) {", "routing_topk",
+        ROUTING, "row_sum = row_max == INFINITY ?", "row_sum = row_max != row_max ?", "routing_topk",
         case="default list",
     ),
     "list: sum of nothing": Mutation(
@@ -135,22 +146,21 @@ ROUTING_MUTATIONS = {
         LISTED, "  __syncwarp();\n  sort_list", "  sort_list", "routing_topk", case="default list"
     ),
     "softmax: term of infinity": Mutation(
-        "exact.cuh", "return x == INFINITY ? 1.0f : term;", "return term;", "routing_topk",
+        "exact.cuh", "return x == INFINITY ? 1.0f : one[0];", "return one[0];", "routing_topk",
         case="hard to sort",
     ),
     "softmax: subnormal terms": Mutation(
-        "exact.cuh", "fmaxf(x, -104.0f)", "fmaxf(x, -87.0f)", "routing_topk", case="default list"
+        "exact.cuh", "fmaxf(x[i], -104.0f)", "fmaxf(x[i], -87.0f)", "routing_topk", case="default list"
     ),
     "sigmoid: reduction": Mutation(
-        "exact.cuh", "__fmaf_rn(n, -0x1.62e4p-1f, x)", "__fmaf_rn(n, -0x1.62e3p-1f, x)",
+        "exact.cuh", "__fmaf_rn(n[i], -0x1.62e4p-1f", "__fmaf_rn(n[i], -0x1.62e3p-1f",
         "routing_topk", case="many sigmoids",
     ),
     "sigmoid: quotient": Mutation(
-        "exact.cuh", "  t = __fmaf_rn(__fmaf_rn(-denominator, t, numerator), reciprocal, t);\n",
-        "", "routing_topk", case="many sigmoids",
+        "exact.cuh", "t[i] = __fmaf_rn(above[i], reciprocal[i], t[i]);", ";", "routing_topk", case="many sigmoids",
     ),
     "sigmoid: ends": Mutation(
-        "exact.cuh", "fmaxf(-fabsf(x), -80.0f)", "-fabsf(x)", "routing_topk", case="sigmoid"
+        "exact.cuh", "fmaxf(-fabsf(x[i]), -80.0f)", "-fabsf(x[i])", "routing_topk", case="sigmoid"
     ),
     # Routing with the permutation: barriers.
     "permute: barrier after clearing": Mutation(
@@ -169,7 +179,7 @@ ROUTING_MUTATIONS = {
         "routing_permute.cu", "ptx::cluster_sync();", "__syncthreads();", case="cluster"
     ),
     "permute: cluster ends together": Mutation(
-        "routing_permute.cu", "ptx::cluster_wait();", "", case="cluster"
+        "routing_permute.cu", "ptx::cluster_wait();", "", case="first of a cluster"
     ),
     "permute: barrier of the scan": Mutation(PERMUTE, BARRIER, "", "routing_permute", case="block"),
     "count: barrier after clearing": Mutation("routing_count.cu", BARRIER, "", case="tails"),
