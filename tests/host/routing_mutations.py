@@ -92,7 +92,7 @@ ROUTING_MUTATIONS = {
         case="top_k list",
     ),
     "list: sum with infinity": Mutation(
-        ROUTING, "row_sum = row_max == INFINITY ?", "row_sum = row_max != row_max ?", "routing_topk",
+        ROUTING, "row_max == INFINITY ?", "row_max != row_max ?", "routing_topk",
         case="default list",
     ),
     "list: sum of nothing": Mutation(
@@ -150,14 +150,16 @@ ROUTING_MUTATIONS = {
         case="hard to sort",
     ),
     "softmax: subnormal terms": Mutation(
-        "exact.cuh", "fmaxf(x[i], -104.0f)", "fmaxf(x[i], -87.0f)", "routing_topk", case="default list"
+        "exact.cuh", "fmaxf(x[i], -104.0f)", "fmaxf(x[i], -87.0f)", "routing_topk",
+        case="default list",
     ),
     "sigmoid: reduction": Mutation(
         "exact.cuh", "__fmaf_rn(n[i], -0x1.62e4p-1f", "__fmaf_rn(n[i], -0x1.62e3p-1f",
         "routing_topk", case="many sigmoids",
     ),
     "sigmoid: quotient": Mutation(
-        "exact.cuh", "t[i] = __fmaf_rn(above[i], reciprocal[i], t[i]);", ";", "routing_topk", case="many sigmoids",
+        "exact.cuh", "t[i] = __fmaf_rn(above[i], reciprocal[i], t[i]);", ";", "routing_topk",
+        case="many sigmoids",
     ),
     "sigmoid: ends": Mutation(
         "exact.cuh", "fmaxf(-fabsf(x[i]), -80.0f)", "-fabsf(x[i])", "routing_topk", case="sigmoid"
