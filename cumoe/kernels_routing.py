@@ -306,13 +306,15 @@ def route_permute(
     chunks = -(-num_tokens // tokens)
     counts = allocate("chunk_counts", (chunks, experts.num_words), "int32")
     shared = experts.fields(num_tokens)
+    warps = min(_count_warps(source), max(tokens, 4))
     count = make(
         _count_spec(source),
         (chunks, 1, 1),
-        32 * min(_count_warps(source), max(tokens, 4)),
+        32 * warps,
         smem_bytes=4 * experts.num_words,
         chunk_counts=counts,
         chunk_tokens=tokens,
+        run_tokens=-(-tokens // warps),
         experts=shared,
         **source.fields(),
     )
