@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.host.mutations import BARRIER, Mutation
 
-ROUTING, TOPK, LISTED, PERMUTE = "routing.cuh", "topk.cuh", "listed.cuh", "permute.cuh"
+ROUTING, KEYS, GROUPS = "routing.cuh", "routing_keys.cuh", "routing_groups.cuh"
+TOPK, LISTED, PERMUTE = "topk.cuh", "listed.cuh", "permute.cuh"
 
 ROUTING_MUTATIONS = {
     # Selection.
@@ -19,7 +20,7 @@ ROUTING_MUTATIONS = {
         ROUTING, "x[i] = not_nan(x[i]);", "x[i] = x[i];", "routing_topk", case="top_k"
     ),
     "routing: bias of NaN": Mutation(
-        ROUTING, "return not_nan(__fadd_rn(score, bias));", "return __fadd_rn(score, bias);",
+        KEYS, "return not_nan(__fadd_rn(score, bias));", "return __fadd_rn(score, bias);",
         "routing_topk", case="bias without numbers",
     ),
     "routing: scale": Mutation(
@@ -27,18 +28,18 @@ ROUTING_MUTATIONS = {
         case="deepseek_v3 groups",
     ),
     "routing: group lanes": Mutation(
-        ROUTING, "group < lane / kLanes ? 1u", "group <= lane / kLanes ? 1u", "routing_topk",
+        GROUPS, "group < lane / kLanes ? 1u", "group <= lane / kLanes ? 1u", "routing_topk",
         case="deepseek_v3 groups",
     ),
     "routing: ties of groups": Mutation(
-        ROUTING, "(group < lane / kLanes ? 1u : 0u)", "0u", "routing_topk",
+        GROUPS, "(group < lane / kLanes ? 1u : 0u)", "0u", "routing_topk",
         case="deepseek_v3 groups of one",
     ),
     "routing: groups that a lane sees": Mutation(
-        ROUTING, "inside && other", "other", "routing_topk", case="deepseek_v3 few groups"
+        GROUPS, "inside && other", "other", "routing_topk", case="deepseek_v3 few groups"
     ),
     "routing: groups that other lanes see": Mutation(
-        ROUTING, "better += __shfl_xor_sync(kFullMask, better, offset);", "", "routing_topk",
+        GROUPS, "better += __shfl_xor_sync(kFullMask, better, offset);", "", "routing_topk",
         case="deepseek_v3 groups",
     ),
     "routing: score of its lane": Mutation(
@@ -46,18 +47,18 @@ ROUTING_MUTATIONS = {
         case="deepseek_v3 ungrouped",
     ),
     "routing: second of a group": Mutation(
-        ROUTING, "max(min(first, other_first), max(second, other_second))",
+        GROUPS, "max(min(first, other_first), max(second, other_second))",
         "max(second, other_second)", "routing_topk", case="deepseek_v3 groups",
     ),
     "routing: odd groups": Mutation(
-        ROUTING, "owner ? second : first", "first", "routing_topk", case="deepseek_v3 odd groups"
+        GROUPS, "owner ? second : first", "first", "routing_topk", case="deepseek_v3 odd groups"
     ),
     "routing: marks of odd groups": Mutation(
-        ROUTING, "group % kGroupSlots == slot", "slot == 0", "routing_topk",
+        GROUPS, "group % kGroupSlots == slot", "slot == 0", "routing_topk",
         case="deepseek_v3 odd groups",
     ),
     "routing: groups in a lane": Mutation(
-        ROUTING, "mark = score[i / kGroupSize];", "mark = score[0];", "routing_topk",
+        GROUPS, "mark = score[i / kGroupSize];", "mark = score[0];", "routing_topk",
         case="deepseek_v3 groups of one lane",
     ),
     "top-k: ties of lanes": Mutation(
@@ -92,11 +93,11 @@ ROUTING_MUTATIONS = {
         case="top_k list",
     ),
     "list: sum with infinity": Mutation(
-        ROUTING, "row_max == INFINITY ?", "row_max != row_max ?", "routing_topk",
+        KEYS, "row_max == INFINITY ?", "row_max != row_max ?", "routing_topk",
         case="default list",
     ),
     "list: sum of nothing": Mutation(
-        ROUTING, "row_sum = fmaxf(row_sum, 1.0f);", "", "routing_topk", case="default list"
+        KEYS, "row_sum = fmaxf(row_sum, 1.0f);", "", "routing_topk", case="default list"
     ),
     "list: places": Mutation(
         LISTED, "if (lane >= offset) through", "if (lane > offset) through", "routing_topk",
