@@ -8,6 +8,7 @@
 
 #include "experts.cuh"
 #include "ptx.cuh"
+#include "warp.cuh"
 
 namespace cumoe {
 

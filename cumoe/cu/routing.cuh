@@ -12,6 +12,7 @@
 
 #include "listed.cuh"
 #include "routing_groups.cuh"
+#include "warp.cuh"
 
 namespace cumoe {
 

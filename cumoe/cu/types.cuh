@@ -1,4 +1,4 @@
-// Fixed-width integers and bounds, which NVRTC does not predefine, and what all kernels name.
+// Fixed-width integers and bounds, which NVRTC does not predefine.
 #pragma once
 
 #if defined(__CUDACC_RTC__)
@@ -28,12 +28,6 @@ enum DataType : int { kNoType = -1, kBf16 = 0, kF16 = 1, kF32 = 2, kE4m3 = 3, kE
 template <typename T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
-}
-
-/// Warp of a block that a thread is in. The compiler knows that it is one number for a warp, and so that what
-/// depends on it does not part its lanes: it leaves out the other way through each warp operation.
-__device__ __forceinline__ int warp_of_block() {
-  return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpSize, 0);
 }
 
 }  // namespace cumoe
