@@ -91,7 +91,8 @@ __device__ __forceinline__ Selected select_by_list(const P& p, int64_t row, int 
     sigmoids(x);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      x[i] = key_at(min(i * kWarpSize + lane, NUM_EXPERTS - 1), x[i]);
+      const int expert = i * kWarpSize + lane;
+      x[i] = expert < NUM_EXPERTS ? key_at(expert, x[i]) : -INFINITY;
     }
   }
   float bound = bound_of_largest<TOP_K>(x);

@@ -87,6 +87,8 @@ def _routing(
                 b[1::3], b[2::9], b[5::9] = np.nan, np.inf, -np.inf
             if bias == "negative":
                 b -= 9
+            if bias == "last":
+                b[-1] = 9
         shape = (num_tokens, config.total_top_k)
         ids, weights = host.empty(shape, "int32"), host.empty(shape, config.weights_dtype)
         replay_out = host.empty((num_tokens, config.top_k), "int16") if replay else None
@@ -170,6 +172,7 @@ ROUTING_CASES = [
         "minimax2 list",
         _routing(Routing("minimax2", 513, 32, bias_round_bf16=True), bias="no numbers", hard=True),
     ),
+    Case("minimax2 list, last", _routing(Routing("minimax2", 513, 32), bias="last", hard=True)),
     Case("renormalize list", _routing(Routing("renormalize", 1025, 8), hard=True)),
     Case("renormalize_naive list", _routing(Routing("renormalize_naive", 130, 32), hard=True)),
     Case("sigmoid list", _routing(Routing("sigmoid", 700, 31), logits=BF16, hard=True)),

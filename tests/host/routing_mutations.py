@@ -82,6 +82,10 @@ ROUTING_MUTATIONS = {
     "list: bound of NaN": Mutation(
         ROUTING, "!(x[i] < bound)", "x[i] >= bound", "routing_topk", case="top_k list"
     ),
+    "list: bound of the experts": Mutation(
+        ROUTING, "expert < NUM_EXPERTS ? key_at(expert, x[i]) : -INFINITY",
+        "key_at(min(expert, NUM_EXPERTS - 1), x[i])", "routing_topk", case="minimax2 list, last",
+    ),
     "list: bound of terms": Mutation(
         ROUTING, "__fsub_rn(bound, 0x1p-12f)", "bound", "routing_topk", case="default list"
     ),
