@@ -56,7 +56,9 @@ __device__ __forceinline__ Selected select_by_sort(const P& p, int64_t row, int 
   if constexpr (kGrouped && kGroupLanes > 0) keep_lanes_of_best_groups(sorted, lane);
   const Ranked ranked = warp_top<TOP_K>(image, sorted, lane);
   Selected selected = {ranked.image, ranked.index, 0.0f};
-  if constexpr (kHasBias) {
+  if constexpr (kHasBias && kPerLane > 16) {  // too many to keep
+    selected.score = det_sigmoid(lane < TOP_K ? load_logit(p.logits, row + ranked.index) : 0.0f);
+  } else if constexpr (kHasBias) {
     const int owner = ranked.index / kPerLane, own = ranked.index % kPerLane;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
