@@ -42,11 +42,16 @@ H200, DeepSeek-V3, us: T = 8 in one block 4.84, in clusters of 4 / 8 / 16 4.65 /
 in 8 / 16 4.78 / 4.82; T = 64 5.14 / 4.92; T = 256 in 16 6.05, in two launches 6.18; T = 512 in 16
 8.53, in two launches 6.50."""
 
+CLUSTER_EXPERTS = 384
+"""Routed experts past which a block of a cluster has half of ``CLUSTER_TOKENS``, each of which is
+then so much work that it is better spread over more blocks."""
+
 PERMUTE_WARPS = {1024: 16, 2048: 8}
 """Most routed experts -> warps of a block of routing_permute, which bound its registers."""
 
-COUNT_WARPS = {1024: 16, 2048: 8}
-"""The same of routing_count; so few that a block of permute_place fits beside one."""
+COUNT_WARPS = 16
+GROUPED_COUNT_WARPS = {1024: 16, 2048: 8}
+"""The same of routing_count, which takes more registers where experts are in groups."""
 
 PLACE_WARPS = 16
 """Warps of a block of permute_place."""
@@ -140,6 +145,11 @@ class Source:
             return self.routing.top_k
         assert self.ids_in is not None
         return int(self.ids_in.shape[1])
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts that logits are of, 0 with given ids."""
+        return self.routing.num_experts if self.routing and self.logits is not None else 0
 
     @property
     def columns(self) -> int:
@@ -263,8 +273,10 @@ def num_blocks(source: Source, cluster: int) -> int:
     work, one, each = source.num_tokens, BLOCK_TOKENS * (1 if cluster else 2), CLUSTER_TOKENS
     if source.logits is None:
         work, one, each = work * source.columns, BLOCK_SLOTS, CLUSTER_SLOTS
-    elif work <= CLUSTER * SMALL_CLUSTER_TOKENS:
-        cluster = min(cluster, CLUSTER)
+    else:
+        each = CLUSTER_TOKENS // (1 if source.num_experts <= CLUSTER_EXPERTS else 2)
+        if work <= CLUSTER * SMALL_CLUSTER_TOKENS:
+            cluster = min(cluster, CLUSTER)
     if work <= one:
         return 1
     return cluster if work <= cluster * each else 0
@@ -294,13 +306,15 @@ def route_permute(
     chunks = -(-num_tokens // tokens)
     counts = allocate("chunk_counts", (chunks, experts.num_words), "int32")
     shared = experts.fields(num_tokens)
+    warps = min(_count_warps(source), max(tokens, 4))
     count = make(
         _count_spec(source),
         (chunks, 1, 1),
-        32 * min(_warps(COUNT_WARPS, source), max(tokens, 4)),
+        32 * warps,
         smem_bytes=4 * experts.num_words,
         chunk_counts=counts,
         chunk_tokens=tokens,
+        run_tokens=-(-tokens // warps),
         experts=shared,
         **source.fields(),
     )
@@ -332,7 +346,7 @@ def _routing_permute(
     source: Source, experts: Experts, permutation: Permutation, blocks: int
 ) -> Launch:
     tokens = -(-source.num_tokens // blocks)
-    warps = _warps(PERMUTE_WARPS, source)
+    warps = _permute_warps(source)
     own_words = experts.num_words + -(-5 * tokens * source.columns // 2)
     return make(
         _permute_spec(source, blocks),
@@ -351,12 +365,12 @@ _PLACE_SPEC = KernelSpec("permute_place", (("NUM_WARPS", PLACE_WARPS),))
 
 
 def _count_spec(source: Source) -> KernelSpec:
-    warps = ("MAX_WARPS", _warps(COUNT_WARPS, source))
+    warps = ("MAX_WARPS", _count_warps(source))
     return KernelSpec("routing_count", (warps, *source.defines()))
 
 
 def _permute_spec(source: Source, blocks: int) -> KernelSpec:
-    defines = (("CLUSTER", blocks), ("NUM_WARPS", _warps(PERMUTE_WARPS, source)))
+    defines = (("CLUSTER", blocks), ("NUM_WARPS", _permute_warps(source)))
     return KernelSpec("routing_permute", (*defines, *source.defines()))
 
 
@@ -365,12 +379,19 @@ def _permute_words(experts: Experts, num_warps: int) -> int:
     return (6 + num_warps) * experts.num_words + 1 + 32
 
 
-def _warps(table: dict[int, int], source: Source) -> int:
-    """Return a block's warps, which depend on the registers that selection takes."""
-    if source.logits is None:
-        return next(iter(table.values()))
-    assert source.routing is not None
-    return next(n for most, n in table.items() if source.routing.num_experts <= most)
+def _permute_warps(source: Source) -> int:
+    """Return the warps of a block of routing_permute."""
+    return _of_experts(PERMUTE_WARPS, source.num_experts)
+
+
+def _count_warps(source: Source) -> int:
+    """Return the most warps of a block of routing_count."""
+    grouped = source.routing is not None and source.routing.num_groups > 1
+    return _of_experts(GROUPED_COUNT_WARPS, source.num_experts) if grouped else COUNT_WARPS
+
+
+def _of_experts(table: dict[int, int], num_experts: int) -> int:
+    return next(n for most, n in table.items() if num_experts <= most)
 
 
 def _tables(permutation: Permutation) -> dict[str, Any]:

@@ -73,7 +73,7 @@ PARAMS: dict[str, np.dtype] = {
     ),
     "routing_count": _struct(
         *_fields(_POINTER, "logits bias ids_in weights_in ids weights replay chunk_counts"),
-        *_fields(_I32, "num_tokens top_k columns chunk_tokens"),
+        *_fields(_I32, "num_tokens top_k columns chunk_tokens run_tokens"),
         ("scaling_factor", _F32),
         ("experts", _EXPERTS),
     ),

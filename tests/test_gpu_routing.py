@@ -165,7 +165,10 @@ def test_replay_guards_and_repeats(rng, method):
 
 
 ONE_BLOCK, CLUSTER = kernels_routing.BLOCK_TOKENS, 16 * kernels_routing.CLUSTER_TOKENS
-CUTS = (0, 1, ONE_BLOCK, ONE_BLOCK + 1, 32, 33, 150, CLUSTER, CLUSTER + 1, 1000, 5000)
+HALF = CLUSTER // 2
+CUTS = (
+    0, 1, ONE_BLOCK, ONE_BLOCK + 1, 32, 33, HALF, HALF + 1, 150, CLUSTER, CLUSTER + 1, 1000, 5000
+)  # fmt: skip
 """Numbers of tokens around the change from one block to a cluster, and to two launches."""
 
 

@@ -107,8 +107,8 @@ def routing_specs(arch: str) -> Iterator[Shipped]:
         weights = ids.astype(DTYPES[routing.weights_dtype])
         source = Source(ids, weights, logits=logits, bias=bias, routing=routing)
         specs = kernels_routing.route_permute_specs(source, arch)
-        # Another method changes the selection, which is in all of them.
-        if method is RoutingMethod.DEEPSEEK_V3:
+        # Another method changes the selection, which is in all of them, sorted or by a list.
+        if method is RoutingMethod.DEEPSEEK_V3 or (method is RoutingMethod.MINIMAX2 and top_k > 8):
             yield from map(Shipped, specs)
         elif arch == tuning.SM90_ARCH:
             yield Shipped(specs[0])

@@ -18,12 +18,13 @@ def given(num_tokens: int, top_k: int = 8) -> Source:
     return Source(ids_in=np.broadcast_to(np.zeros((1, 1), np.int32), (num_tokens, top_k)))
 
 
-def from_logits(num_tokens: int, num_experts: int = 256) -> Source:
+def from_logits(num_tokens: int, num_experts: int = 256, num_groups: int = 1) -> Source:
     """Return logits that take no memory."""
     wide = np.broadcast_to(np.zeros((1, 1), np.float32), (num_tokens, num_experts))
     ids = np.broadcast_to(np.zeros((1, 1), np.int32), (num_tokens, 8))
     weights = ids.view(np.float32)
-    return Source(ids, weights, logits=wide, routing=Routing("top_k", num_experts, 8))
+    routing_ = Routing("deepseek_v3", num_experts, 8, num_groups, num_groups)
+    return Source(ids, weights, logits=wide, routing=routing_)
 
 
 @pytest.mark.parametrize("columns", [1, 8, 9, 64, 3000, routing.MAX_CHUNK_SLOTS])
@@ -88,10 +89,23 @@ def test_shared_memory(num_experts: int) -> None:
     experts = Experts(num_experts, 32, ExpertShard(0, num_experts))
     logits, ids = from_logits(1, num_experts), given(1)
     for source, slots in ((logits, 64 * routing.CLUSTER_TOKENS), (ids, routing.CLUSTER_SLOTS)):
-        warps = routing._warps(routing.PERMUTE_WARPS, source)
+        warps = routing._permute_warps(source)
         own = experts.num_words + 5 * slots // 2
-        assert 4 * (routing._permute_words(experts, warps) + own) <= limit
+        lists = 128 * warps if source is logits else 0
+        assert 4 * (routing._permute_words(experts, warps) + own + lists) <= limit
     assert 4 * routing._permute_words(experts, routing.PLACE_WARPS) <= limit
-    # A lane's numbers, twice, and what else it needs, of the 65536 registers.
-    for table in (routing.PERMUTE_WARPS, routing.COUNT_WARPS):
-        assert 32 * routing._warps(table, logits) * (2 * -(-num_experts // 32) + 24) <= 1 << 16
+    # A lane's numbers, twice where all are sorted, and what else it needs, of the 65536 registers.
+    each = -(-num_experts // 32)
+    for groups, copies in ((1, 1), (num_experts, 2)):
+        source = from_logits(1, num_experts, groups)
+        for warps in (routing._permute_warps(source), routing._count_warps(source)):
+            assert 32 * warps * (copies * each + 64 // copies) <= 1 << 16
+
+
+def test_many_experts() -> None:
+    """A block of a cluster has fewer tokens where each is more work."""
+    most = 16 * routing.CLUSTER_TOKENS
+    for num_experts, last in ((routing.CLUSTER_EXPERTS, most), (512, most // 2)):
+        tokens = (last, last + 1)
+        blocks = [routing.num_blocks(from_logits(t, num_experts), 16) for t in tokens]
+        assert blocks == [16, 0]

@@ -10,7 +10,7 @@ namespace cumoe {
 
 /// Calls emit(token, column, id, weight) for each slot of tokens begin .. end - 1, shared experts
 /// appended. PACKED: one word a slot, id << 16 | bf16 bits.
-template <class P, class Emit>
+template <int WARPS, class P, class Emit>
 __device__ __forceinline__ void run_slots(const P& p, int begin, int end, int lane, Emit&& emit) {
 #pragma unroll 1
   for (int slot = begin * p.columns + lane; slot < end * p.columns; slot += kWarpSize) {

@@ -8,6 +8,7 @@
 
 #include "experts.cuh"
 #include "ptx.cuh"
+#include "warp.cuh"
 
 namespace cumoe {
 
@@ -119,7 +120,7 @@ __device__ __forceinline__ void sum_chunks(const PermuteShared& s, int num_chunk
 /// chunk; `writes` has this block write the tables of experts. The block meets before and after.
 __device__ __forceinline__ void scan_experts(const PermuteShared& s, const PermuteTables& t,
                                              bool writes) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, warp = warp_of_block();
   const int per_thread = ceil_div(s.num_local, static_cast<int>(blockDim.x));
   const int begin = min(static_cast<int>(threadIdx.x) * per_thread, s.num_local);
   const int end = min(begin + per_thread, s.num_local);
@@ -188,7 +189,7 @@ __device__ __forceinline__ void write_tiles(const PermuteShared& s, const Permut
                                             int block, int blocks) {
   const int lane = threadIdx.x % kWarpSize;
   const int warps_of_block = blockDim.x / kWarpSize;
-  const int warp = threadIdx.x / kWarpSize * blocks + block;
+  const int warp = warp_of_block() * blocks + block;
   const int num_warps = warps_of_block * blocks;
   // A warp has experts warp, warp + num_warps, ..., of which each lane looks at one at a time.
   for (int base = warp; base < s.num_local; base += num_warps * kWarpSize) {

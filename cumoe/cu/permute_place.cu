@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 2)
     permute_place(const __grid_constant__ Params p) {
   extern __shared__ uint32_t smem[];
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_of_block();
   const PermuteShared shared(smem, p.experts, NUM_WARPS);
   shared.clear();
   ptx::griddepcontrol_wait();

@@ -1,237 +1,49 @@
 // One token's experts and weights from its logits, by one warp, for all routing methods.
 //
 // Lane l holds the neighbouring experts l * kPerLane .. l * kPerLane + kPerLane - 1, so that equal keys go
-// to the lower lane as to the lower id, and an expert group is as a rule some whole lanes.
+// to the lower lane as to the lower id, and an expert group is as a rule some whole lanes. Of many experts
+// it holds l, l + 32, ..., and only those near the largest keys are looked at closely (kByList).
 // A key's order image (exact.cuh) decides; experts outside the picked groups have image 0 and are never
 // chosen. Images, sums and weights are computed with separately rounded operations, so the NumPy
 // twin gives the same bits.
 //
-// From -D   METHOD NUM_EXPERTS TOP_K NUM_GROUPS TOP_GROUPS NUM_SHARED_EXPERTS LOGITS_TYPE BIAS_TYPE
-//           (-1: none) BIAS_ROUND_BF16 WEIGHTS_TYPE NORMALIZE
+// From -D   those of routing_keys.cuh
 #pragma once
 
-#include "exact.cuh"
-#include "topk.cuh"
-#include "vec.cuh"
+#include "listed.cuh"
+#include "routing_groups.cuh"
+#include "warp.cuh"
 
 namespace cumoe {
 
-enum Method : int {
-  kDefault = 0,
-  kRenormalize = 1,  // renormalize_naive, too
-  kDeepSeekV3 = 2,
-  kLlama4 = 3,
-  kTopK = 5,
-  kSigmoidRenorm = 6,
-  kMiniMax2 = 7,
-  kSigmoid = 8,
-  kTopKSigmoid = 9,
+/// Whether the experts that can be chosen are listed (listed.cuh), rather than all of them sorted.
+constexpr bool kByList = NUM_GROUPS == 1 && kPerLane * TOP_K > 128;
+
+/// What is chosen in a lane.
+struct Selected {
+  uint32_t image;  // of the key
+  int index;
+  float score;  // sigmoid of the logit, if there are biases
 };
 
-constexpr int kPerLane = ceil_div(NUM_EXPERTS, kWarpSize);
-constexpr int kColumns = TOP_K + NUM_SHARED_EXPERTS;
-constexpr int kGroupSize = NUM_EXPERTS / NUM_GROUPS;
-constexpr bool kBiased = METHOD == kDeepSeekV3 || METHOD == kMiniMax2;
-constexpr bool kHasBias = kBiased && BIAS_TYPE >= 0;
-constexpr bool kKeyIsSigmoid = kBiased || METHOD == kSigmoidRenorm || METHOD == kSigmoid;
-
-static_assert(TOP_K >= 1 && TOP_K <= kWarpSize, "lane k holds column k");
-static_assert(NUM_EXPERTS % NUM_GROUPS == 0, "groups have equal size");
-static_assert(TOP_GROUPS * kGroupSize >= TOP_K, "the picked groups must hold top_k experts");
-
-/// Lanes of an expert group, if all groups are 2^n whole lanes, else 0.
-constexpr int kGroupLanes =
-    kGroupSize % kPerLane == 0 && ((kGroupSize / kPerLane) & (kGroupSize / kPerLane - 1)) == 0
-        ? kGroupSize / kPerLane
-        : 0;
-/// Otherwise lane l holds the scores of groups l * kGroupSlots and on; its own if a lane is whole groups.
-constexpr bool kOwnGroups = kPerLane % kGroupSize == 0;
-constexpr int kGroupSlots = kOwnGroups ? kPerLane / kGroupSize : ceil_div(NUM_GROUPS, kWarpSize);
-
-/// Reads this lane's part of a row of NUM_EXPERTS elements; `past` for what is not in it.
-template <int TYPE>
-__device__ __forceinline__ void load_lane(float (&x)[kPerLane], const void* base, int64_t row,
-                                          int lane, float past) {
-  constexpr int kBytes = 4 * kTypeBytes<TYPE>;
-  if constexpr (NUM_EXPERTS % 4 == 0 && kPerLane % 4 == 0) {
-    const char* source = static_cast<const char*>(base) + row * kTypeBytes<TYPE>;
-    if (reinterpret_cast<uint64_t>(source) % kBytes == 0) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; i += 4) {
-        const int expert = lane * kPerLane + i;
-        if (expert >= NUM_EXPERTS) {
-          x[i] = x[i + 1] = x[i + 2] = x[i + 3] = past;
-        } else if constexpr (TYPE == kF32) {
-          const float4 v = *reinterpret_cast<const float4*>(source + expert * 4);
-          x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
-        } else {
-          const uint2 v = *reinterpret_cast<const uint2*>(source + expert * 2);
-          unpack_pair<TYPE>(x[i], x[i + 1], v.x);
-          unpack_pair<TYPE>(x[i + 2], x[i + 3], v.y);
-        }
-      }
-      return;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = lane * kPerLane + i;
-    x[i] = expert < NUM_EXPERTS ? load_element<TYPE>(base, row + expert) : past;
-  }
-}
-
-/// A number, -inf if it is none.
-__device__ __forceinline__ float not_nan(float x) { return fmaxf(x, -INFINITY); }
-
-__device__ __forceinline__ float load_logit(const void* logits, int64_t index) {
-  return not_nan(load_element<LOGITS_TYPE>(logits, index));
-}
-
-/// Maximum of a row, and the sum of its softmax terms in the order of warp_sum: lane l adds experts l,
-/// l + 32, ...
-__device__ __forceinline__ void softmax_sum(float& row_max, float& row_sum,
-                                            const float (&x)[kPerLane], const void* logits,
-                                            int64_t row, int lane) {
-  float own = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) own = fmaxf(own, x[i]);
-  row_max = value_of_image(__reduce_max_sync(kFullMask, order_image(own)));
-  row_sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = i * kWarpSize + lane;
-    const float logit = expert < NUM_EXPERTS ? load_logit(logits, row + expert) : -INFINITY;
-    const float term = softmax_term(logit, row_max);
-    row_sum = i == 0 ? term : __fadd_rn(row_sum, term);
-  }
-  row_sum = warp_sum(row_sum);
-}
-
-/// Image of a group's score, the sum of its two largest keys.
-__device__ __forceinline__ uint32_t score_image(uint32_t first, uint32_t second) {
-  return order_image(__fadd_rn(value_of_image(first), value_of_image(second)));
-}
-
-__device__ __forceinline__ void insert_top_two(uint32_t& first, uint32_t& second, uint32_t image) {
-  second = max(second, min(first, image));
-  first = max(first, image);
-}
-
-/// Leaves nothing of the lanes outside the TOP_GROUPS best groups; a group is kGroupLanes lanes.
-__device__ __forceinline__ void keep_lanes_of_best_groups(uint32_t (&sorted)[kPerLane], int lane) {
-  uint32_t first = sorted[0], second = kPerLane > 1 ? sorted[kPerLane > 1 ? 1 : 0] : 0;
-#pragma unroll
-  for (int offset = 1; offset < kGroupLanes; offset *= 2) {
-    const uint32_t other_first = __shfl_xor_sync(kFullMask, first, offset);
-    const uint32_t other_second = __shfl_xor_sync(kFullMask, second, offset);
-    second = max(min(first, other_first), max(second, other_second));
-    first = max(first, other_first);
-  }
-  const uint32_t score = score_image(first, second);
-  constexpr int kLanes = kGroupLanes > 0 ? kGroupLanes : 1;
-  int better = 0;  // groups before this one in the order of scores
-#pragma unroll
-  for (int group = 0; group < NUM_GROUPS; ++group) {
-    const uint32_t other = __shfl_sync(kFullMask, score, group * kLanes);
-    better += other + (group < lane / kLanes ? 1u : 0u) > score ? 1 : 0;
-  }
-  if (better >= TOP_GROUPS) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) sorted[i] = 0;
-  }
-}
-
-/// Sets the image of every expert outside the TOP_GROUPS best groups to 0, for groups of any size.
-__device__ __forceinline__ void keep_best_groups(uint32_t (&image)[kPerLane], int lane) {
-  uint32_t score[kGroupSlots] = {};
-  if constexpr (kOwnGroups) {
-#pragma unroll
-    for (int slot = 0; slot < kGroupSlots; ++slot) {
-      uint32_t first = 0, second = 0;
-#pragma unroll
-      for (int i = 0; i < kGroupSize; ++i) {
-        insert_top_two(first, second, image[slot * kGroupSize + i]);
-      }
-      if (lane * kGroupSlots + slot < NUM_GROUPS) score[slot] = score_image(first, second);
-    }
-  } else {
-#pragma unroll 1
-    for (int group = 0; group < NUM_GROUPS; ++group) {
-      uint32_t first = 0, second = 0;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const unsigned member = static_cast<unsigned>(lane * kPerLane + i - group * kGroupSize);
-        if (member < kGroupSize) insert_top_two(first, second, image[i]);
-      }
-      const uint32_t best = __reduce_max_sync(kFullMask, first);
-      unsigned lanes;
-      const bool owner = first_lane(first == best, lane, lanes);
-      const uint32_t next = __reduce_max_sync(kFullMask, owner ? second : first);
-#pragma unroll
-      for (int slot = 0; slot < kGroupSlots; ++slot) {
-        if (lane * kGroupSlots + slot == group) score[slot] = score_image(best, next);
-      }
-    }
-  }
-  // A picked group is marked by score 0, which no score has.
-#pragma unroll 1
-  for (int pick = 0; pick < TOP_GROUPS; ++pick) {
-    uint32_t own = 0;
-#pragma unroll
-    for (int slot = 0; slot < kGroupSlots; ++slot) own = max(own, score[slot]);
-    const uint32_t best = __reduce_max_sync(kFullMask, own);
-    unsigned lanes;
-    bool mine = first_lane(own == best, lane, lanes);
-#pragma unroll
-    for (int slot = 0; slot < kGroupSlots; ++slot) {
-      if (mine && score[slot] == best) score[slot] = 0, mine = false;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    uint32_t mark = 0;
-    if constexpr (kOwnGroups) {
-      mark = score[i / kGroupSize];
-    } else {
-      const int group = min(lane * kPerLane + i, NUM_EXPERTS - 1) / kGroupSize;
-#pragma unroll
-      for (int slot = 0; slot < kGroupSlots; ++slot) {
-        const uint32_t held = __shfl_sync(kFullMask, score[slot], group / kGroupSlots);
-        if (group % kGroupSlots == slot) mark = held;
-      }
-    }
-    if (mark != 0) image[i] = 0;
-  }
-}
-
-/// Routes a token: calls emit(column, id, weight) in the lane of each column.
-template <class P, class Emit>
-__device__ __forceinline__ void token_columns(const P& p, int64_t token, int lane, Emit&& emit) {
-  const int64_t row = token * NUM_EXPERTS;
+/// What has rank k, in lane k < TOP_K, with all experts sorted.
+template <class P>
+__device__ __forceinline__ Selected select_by_sort(const P& p, int64_t row, int lane) {
   float x[kPerLane];
   load_lane<LOGITS_TYPE>(x, p.logits, row, lane, -INFINITY);
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) x[i] = not_nan(x[i]);
-
-  // Keys: what the top-k is taken of.
-  float row_max = 0.0f, row_sum = 0.0f;
-  if constexpr (METHOD == kDefault) softmax_sum(row_max, row_sum, x, p.logits, row, lane);
   [[maybe_unused]] float bias[kPerLane];
   if constexpr (kHasBias) load_lane<(kHasBias ? BIAS_TYPE : kF32)>(bias, p.bias, 0, lane, 0.0f);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) x[i] = not_nan(x[i]);
+  float row_max = 0.0f, row_sum = 0.0f;
+  if constexpr (METHOD == kDefault) softmax_sum(row_max, row_sum, x, p.logits, row, lane);
+  if constexpr (kKeyIsSigmoid) sigmoids(x);
   uint32_t image[kPerLane], sorted[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     float key = x[i];
-    if constexpr (METHOD == kDefault) {
-      key = row_sum > 0.0f ? __fdiv_rn(softmax_term(x[i], row_max), row_sum) : 0.0f;
-    } else if constexpr (kKeyIsSigmoid) {
-      key = det_sigmoid(x[i]);
-      if constexpr (kHasBias) {
-        float b = bias[i];
-        if constexpr (BIAS_ROUND_BF16) b = f32_from_bf16(ptx::cvt_bf16x2_f32(b, b) & 0xffffu);
-        key = not_nan(__fadd_rn(key, b));
-      }
-    }
+    if constexpr (METHOD == kDefault) key = __fdiv_rn(softmax_term(x[i], row_max), row_sum);
+    if constexpr (kHasBias) key = biased(x[i], bias[i]);
     const bool inside = NUM_EXPERTS % kPerLane == 0 && NUM_EXPERTS / kPerLane == kWarpSize ||
                         lane * kPerLane + i < NUM_EXPERTS;
     image[i] = inside ? order_image_of_number(key) : 0;
@@ -242,13 +54,97 @@ __device__ __forceinline__ void token_columns(const P& p, int64_t token, int lan
   for (int i = 0; i < kPerLane; ++i) sorted[i] = image[i];
   sort_descending(sorted);
   if constexpr (kGrouped && kGroupLanes > 0) keep_lanes_of_best_groups(sorted, lane);
+  const Ranked ranked = warp_top<TOP_K>(image, sorted, lane);
+  Selected selected = {ranked.image, ranked.index, 0.0f};
+  if constexpr (kHasBias && kPerLane > 16) {  // too many to keep
+    selected.score = det_sigmoid(lane < TOP_K ? load_logit(p.logits, row + ranked.index) : 0.0f);
+  } else if constexpr (kHasBias) {
+    const int owner = ranked.index / kPerLane, own = ranked.index % kPerLane;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const float score = __shfl_sync(kFullMask, x[i], owner);
+      if (own == i) selected.score = score;
+    }
+  }
+  return selected;
+}
+
+/// The same with only those listed that can be chosen. `list` is the warp's, of kListed words.
+template <class P>
+__device__ __forceinline__ Selected select_by_list(const P& p, int64_t row, int lane,
+                                                   uint64_t* list) {
+  const auto logit_at = [&](int expert) { return load_logit(p.logits, row + expert); };
+  const auto key_at = [&](int expert, float score) {
+    if constexpr (!kHasBias) return score;
+    return biased(score, load_element<(kHasBias ? BIAS_TYPE : kF32)>(p.bias, expert));
+  };
+  float x[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int expert = i * kWarpSize + lane;
+    x[i] = expert < NUM_EXPERTS ? load_element<LOGITS_TYPE>(p.logits, row + expert) : -INFINITY;
+  }
+  float row_max = 0.0f, row_sum = 0.0f;
+  if constexpr (METHOD == kDefault) {
+    softmax_sum(row_max, row_sum, x, p.logits, row, lane);
+  } else if constexpr (kKeyIsSigmoid) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] = not_nan(x[i]);
+    sigmoids(x);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int expert = i * kWarpSize + lane;
+      x[i] = expert < NUM_EXPERTS ? key_at(expert, x[i]) : -INFINITY;
+    }
+  }
+  float bound = bound_of_largest<TOP_K>(x);
+  if constexpr (METHOD == kDefault) {
+    // x is the logit. A term is within 1 ulp of its exponential, so the keys of logits 2^-12 apart are in
+    // their order and different, if both can be told from 0.
+    bound = __fsub_rn(bound, row_max) > -75.0f ? __fsub_rn(bound, 0x1p-12f) : -INFINITY;
+  }
+  uint32_t candidates[ceil_div(kPerLane, 32)] = {};
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (!(x[i] < bound)) candidates[i / 32] |= 1u << (i % 32);  // NaN, too
+  }
+  constexpr int kLast = kPerLane - 1;
+  if ((NUM_EXPERTS % kWarpSize != 0) && kLast * kWarpSize + lane >= NUM_EXPERTS) {
+    candidates[kLast / 32] &= ~(1u << (kLast % 32));
+  }
+  const auto word_at = [&](int expert) {
+    float key = logit_at(expert);
+    if constexpr (METHOD == kDefault) key = __fdiv_rn(softmax_term(key, row_max), row_sum);
+    if constexpr (kKeyIsSigmoid) key = key_at(expert, det_sigmoid(key));
+    return word_of(order_image_of_number(key), expert);
+  };
+  const Ranked ranked =
+      ranked_of(largest_of_candidates<TOP_K, kPerLane>(candidates, list, lane, word_at));
+  Selected selected = {ranked.image, ranked.index, 0.0f};
+  if constexpr (kHasBias) {
+    selected.score = det_sigmoid(lane < TOP_K ? logit_at(ranked.index) : 0.0f);
+  }
+  return selected;
+}
+
+/// Routes a token: calls emit(column, id, weight) in the lane of each column. A block has at most WARPS.
+template <int WARPS, class P, class Emit>
+__device__ __forceinline__ void token_columns(const P& p, int64_t token, int lane, Emit&& emit) {
+  const int64_t row = token * NUM_EXPERTS;
+  Selected selected;
+  if constexpr (kByList) {
+    __shared__ ulonglong2 lists[WARPS][kListed / 2];
+    uint64_t* list = reinterpret_cast<uint64_t*>(lists[warp_of_block()]);
+    selected = select_by_list(p, row, lane, list);
+  } else {
+    selected = select_by_sort(p, row, lane);
+  }
 
   // Lane k has column k.
-  const Ranked selected = warp_top<TOP_K>(image, sorted, lane);
   const float key = value_of_image(selected.image);
   float weight = key;  // the logit itself, or the weight that it was the key of
   if constexpr (kHasBias) {
-    weight = det_sigmoid(lane < TOP_K ? load_logit(p.logits, row + selected.index) : 0.0f);
+    weight = selected.score;
   } else if constexpr (METHOD == kRenormalize) {
     weight = softmax_term(key, __shfl_sync(kFullMask, key, 0));
   } else if constexpr (METHOD == kLlama4 || METHOD == kTopKSigmoid) {
@@ -296,12 +192,12 @@ __device__ __forceinline__ void write_slot(const P& p, int64_t token, int column
 }
 
 /// Routes tokens begin .. end - 1: calls emit(token, column, id, weight) for each slot.
-template <class P, class Emit>
+template <int WARPS, class P, class Emit>
 __device__ __forceinline__ void run_slots(const P& p, int begin, int end, int lane, Emit&& emit) {
 #pragma unroll 1
   for (int token = begin; token < end; ++token) {
-    token_columns(p, token, lane,
-                  [&](int column, int id, float weight) { emit(token, column, id, weight); });
+    token_columns<WARPS>(
+        p, token, lane, [&](int column, int id, float weight) { emit(token, column, id, weight); });
   }
 }
 

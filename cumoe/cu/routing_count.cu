@@ -28,6 +28,7 @@ struct Params {
   int32_t top_k;
   int32_t columns;
   int32_t chunk_tokens;
+  int32_t run_tokens;  // of each warp
   float scaling_factor;
   ExpertRange experts;
 };
@@ -42,12 +43,12 @@ extern "C" __global__ void __launch_bounds__(MAX_WARPS* kWarpSize, 1)
   // NOTE: permute_place waits for this grid's end before it reads anything.
   ptx::griddepcontrol_launch_dependents();
   __syncthreads();
-  const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warp = warp_of_block();
   const int chunk_begin = blockIdx.x * p.chunk_tokens;
   const int chunk_end = min(chunk_begin + p.chunk_tokens, p.num_tokens);
-  const int run = ceil_div(p.chunk_tokens, warps);
-  const int begin = min(chunk_begin + warp * run, chunk_end), end = min(begin + run, chunk_end);
-  run_slots(p, begin, end, lane, [&](int token, int column, int id, float weight) {
+  const int begin = min(chunk_begin + warp * p.run_tokens, chunk_end);
+  const int end = min(begin + p.run_tokens, chunk_end);
+  run_slots<MAX_WARPS>(p, begin, end, lane, [&](int token, int column, int id, float weight) {
     const int expert = p.experts.local(id, token);
     if (expert >= 0) count_slots(counts, expert, 1);
     write_slot(p, token, column, id, weight);

@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
     routing_permute(const __grid_constant__ Params p) {
   extern __shared__ uint32_t smem[];
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_of_block();
   const int chunk = blockIdx.x;
   const PermuteShared shared(smem, p.experts, NUM_WARPS);
   uint32_t* counts = shared.end;
@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 1)
   const int chunk_begin = min(chunk * p.chunk_tokens, p.num_tokens);
   const int chunk_end = min(chunk_begin + p.chunk_tokens, p.num_tokens);
   const int begin = min(chunk_begin + warp * run, chunk_end), end = min(begin + run, chunk_end);
-  run_slots(p, begin, end, lane, [&](int token, int column, int id, float weight) {
+  run_slots<NUM_WARPS>(p, begin, end, lane, [&](int token, int column, int id, float weight) {
     const int slot = (token - chunk_begin) * p.columns + column;
     const int expert = p.experts.local(id, token);
     id_of_slot[slot] = id;

@@ -20,11 +20,10 @@ struct Params {
 extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK* kWarpSize)
     routing_topk(const __grid_constant__ Params p) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t token =
-      static_cast<int64_t>(blockIdx.x) * WARPS_PER_BLOCK + threadIdx.x / kWarpSize;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * WARPS_PER_BLOCK + warp_of_block();
   ptx::griddepcontrol_wait();
   if (token >= p.num_tokens) return;
-  token_columns(p, token, lane, [&](int column, int id, float weight) {
+  token_columns<WARPS_PER_BLOCK>(p, token, lane, [&](int column, int id, float weight) {
     write_slot(p, token, column, id, weight);
   });
 }

@@ -36,6 +36,33 @@ def _logits(host: Host, num_tokens: int, num_experts: int, dtype: str) -> np.nda
     return host.arena.array(x.astype(DTYPES[dtype]))
 
 
+def _hard_logits(host: Host, num_experts: int, top_k: int, dtype: str) -> np.ndarray:
+    """Return rows whose largest numbers are many, equal, lie badly, or are no numbers."""
+    inf, nan = np.float32(np.inf), np.float32(np.nan)
+    expert = np.arange(num_experts)
+    x = host.rng.standard_normal((20, num_experts)).astype(np.float32)
+    x[0] = 0.25
+    x[1] = np.where(expert % 3 == 0, 1.0, 0.5)
+    x[2] = np.round(x[2])
+    x[3], x[4] = np.sort(x[3]), np.sort(x[4])[::-1]
+    x[5][expert % 32 == 7] += 9  # all in one lane
+    x[6][expert % 32 > 3] = -inf
+    x[7][expert >= top_k - 1] = -inf  # fewer finite ones than are chosen
+    x[8][expert % 2 == 1] = nan
+    x[9][expert < num_experts - top_k + 2] = nan
+    x[10] = nan
+    x[11] = -inf
+    x[12][host.rng.integers(0, num_experts, top_k // 2)] = inf
+    x[13][host.rng.permutation(num_experts)[: 2 * top_k]] = inf
+    x[14] = inf
+    x[15] = np.where(host.rng.random(num_experts) < 0.5, -0.0, 0.0)
+    x[16] = (expert - num_experts) * np.float32(1e-10)  # their terms of a softmax are equal
+    x[17] = np.where(expert == num_experts - 1, 130.0, x[17])  # these are 0
+    x[18] = x[18] * 60
+    x[19] = np.where(expert % 40 == 5, 3e38, x[19] * 5e37)
+    return host.arena.array(x.astype(DTYPES[dtype]))
+
+
 def _routing(
     config: Routing,
     num_tokens: int = 9,
@@ -43,9 +70,15 @@ def _routing(
     logits: str = F32,
     bias: str | None = None,
     replay: bool = False,
+    hard: bool = False,
 ) -> Callable[[Host], None]:
+    """Routing alone; with `hard`, of 20 rows that are hard to choose from."""
+    num_tokens = 20 if hard else num_tokens
+
     def check(host: Host) -> None:
         x = _logits(host, num_tokens, config.num_experts, logits)
+        if hard:
+            x = _hard_logits(host, config.num_experts, config.top_k, logits)
         b = None
         if bias is not None:
             numbers = bias if bias in DTYPES else F32
@@ -54,6 +87,8 @@ def _routing(
                 b[1::3], b[2::9], b[5::9] = np.nan, np.inf, -np.inf
             if bias == "negative":
                 b -= 9
+            if bias == "last":
+                b[-1] = 9
         shape = (num_tokens, config.total_top_k)
         ids, weights = host.empty(shape, "int32"), host.empty(shape, config.weights_dtype)
         replay_out = host.empty((num_tokens, config.top_k), "int16") if replay else None
@@ -103,6 +138,7 @@ ROUTING_CASES = [
             replay=True,
         ),
     ),
+    Case("deepseek_v3 few groups", _routing(Routing("deepseek_v3", 48, 8, 3, 2), bias=F32)),
     Case("deepseek_v3 groups of one", _routing(Routing("deepseek_v3", 12, 3, 12, 5))),
     Case("deepseek_v3 ungrouped", _routing(Routing("deepseek_v3", 33, 5), bias=BF16)),
     Case(
@@ -123,6 +159,25 @@ ROUTING_CASES = [
     Case("minimax2", _routing(Routing("minimax2", 40, 4, scaling_factor=1.5), bias=F32)),
     Case("sigmoid", _routing(Routing("sigmoid", 33, 33 - 1), 3)),
     Case("top_k_sigmoid all experts", _routing(Routing("top_k_sigmoid", 5, 5), 2)),
+    Case("default list", _routing(Routing("default", 2048, 32), hard=True)),
+    Case("default list, odd", _routing(Routing("default", 1000, 32), logits=BF16, hard=True)),
+    Case("default list, many tokens", _routing(Routing("default", 600, 20), 60)),
+    Case("top_k list", _routing(Routing("top_k", 2047, 32), hard=True)),
+    Case("top_k_sigmoid list", _routing(Routing("top_k_sigmoid", 1000, 20), hard=True)),
+    Case(
+        "deepseek_v3 list",
+        _routing(Routing("deepseek_v3", 512, 22, scaling_factor=5.0), bias=F32, hard=True),
+    ),
+    Case(
+        "minimax2 list",
+        _routing(Routing("minimax2", 513, 32, bias_round_bf16=True), bias="no numbers", hard=True),
+    ),
+    Case("minimax2 list, last", _routing(Routing("minimax2", 513, 32), bias="last", hard=True)),
+    Case("renormalize list", _routing(Routing("renormalize", 1025, 8), hard=True)),
+    Case("renormalize_naive list", _routing(Routing("renormalize_naive", 130, 32), hard=True)),
+    Case("sigmoid list", _routing(Routing("sigmoid", 700, 31), logits=BF16, hard=True)),
+    Case("sigmoid_renorm list", _routing(Routing("sigmoid_renorm", 2000, 5), hard=True)),
+    Case("hard to sort", _routing(Routing("default", 256, 8), hard=True)),
 ]  # fmt: skip
 
 
@@ -274,6 +329,10 @@ ONE_LAUNCH_CASES = [
     Case("one slot, one expert", _given(1, 1, 1, ONE_BLOCK, tile=1)),
     Case("block", _routed(_SHARED, 37, ONE_BLOCK, bias=BF16, logits=BF16)),
     Case("block, 2048 experts", _routed(Routing("top_k", 2048, 32), 2, ONE_BLOCK)),
+    Case(
+        "block, 2048 experts in groups",
+        _routed(Routing("deepseek_v3", 2048, 32, 64, 32), 2, ONE_BLOCK),
+    ),
     Case("block, one expert for all", _routed(Routing("llama4", 40, 1), 40, ONE_BLOCK, same=True)),
     Case("no token, cluster", _given(0, 5, 33, cluster(4))),
     Case("fewer tokens than blocks", _routed(_ODD, 2, cluster(4), replay=True)),

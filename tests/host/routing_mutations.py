@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.host.mutations import BARRIER, Mutation
 
-ROUTING, TOPK, PERMUTE = "routing.cuh", "topk.cuh", "permute.cuh"
+ROUTING, KEYS, GROUPS = "routing.cuh", "routing_keys.cuh", "routing_groups.cuh"
+TOPK, LISTED, PERMUTE = "topk.cuh", "listed.cuh", "permute.cuh"
 
 ROUTING_MUTATIONS = {
     # Selection.
@@ -19,34 +20,45 @@ ROUTING_MUTATIONS = {
         ROUTING, "x[i] = not_nan(x[i]);", "x[i] = x[i];", "routing_topk", case="top_k"
     ),
     "routing: bias of NaN": Mutation(
-        ROUTING, "key = not_nan(__fadd_rn(key, b));", "key = __fadd_rn(key, b);", "routing_topk",
-        case="bias without numbers",
+        KEYS, "return not_nan(__fadd_rn(score, bias));", "return __fadd_rn(score, bias);",
+        "routing_topk", case="bias without numbers",
     ),
     "routing: scale": Mutation(
         ROUTING, "__fmul_rn(weight, p.scaling_factor), ", "weight, ", "routing_topk",
         case="deepseek_v3 groups",
     ),
     "routing: group lanes": Mutation(
-        ROUTING, "group < lane / kLanes ? 1u", "group <= lane / kLanes ? 1u", "routing_topk",
+        GROUPS, "group < lane / kLanes ? 1u", "group <= lane / kLanes ? 1u", "routing_topk",
         case="deepseek_v3 groups",
     ),
     "routing: ties of groups": Mutation(
-        ROUTING, "(group < lane / kLanes ? 1u : 0u)", "0u", "routing_topk",
+        GROUPS, "(group < lane / kLanes ? 1u : 0u)", "0u", "routing_topk",
         case="deepseek_v3 groups of one",
     ),
+    "routing: groups that a lane sees": Mutation(
+        GROUPS, "inside && other", "other", "routing_topk", case="deepseek_v3 few groups"
+    ),
+    "routing: groups that other lanes see": Mutation(
+        GROUPS, "better += __shfl_xor_sync(kFullMask, better, offset);", "", "routing_topk",
+        case="deepseek_v3 groups",
+    ),
+    "routing: score of its lane": Mutation(
+        ROUTING, "if (own == i) selected.score", "if (own <= i) selected.score", "routing_topk",
+        case="deepseek_v3 ungrouped",
+    ),
     "routing: second of a group": Mutation(
-        ROUTING, "max(min(first, other_first), max(second, other_second))",
+        GROUPS, "max(min(first, other_first), max(second, other_second))",
         "max(second, other_second)", "routing_topk", case="deepseek_v3 groups",
     ),
     "routing: odd groups": Mutation(
-        ROUTING, "owner ? second : first", "first", "routing_topk", case="deepseek_v3 odd groups"
+        GROUPS, "owner ? second : first", "first", "routing_topk", case="deepseek_v3 odd groups"
     ),
     "routing: marks of odd groups": Mutation(
-        ROUTING, "group % kGroupSlots == slot", "slot == 0", "routing_topk",
+        GROUPS, "group % kGroupSlots == slot", "slot == 0", "routing_topk",
         case="deepseek_v3 odd groups",
     ),
     "routing: groups in a lane": Mutation(
-        ROUTING, "mark = score[i / kGroupSize];", "mark = score[0];", "routing_topk",
+        GROUPS, "mark = score[i / kGroupSize];", "mark = score[0];", "routing_topk",
         case="deepseek_v3 groups of one lane",
     ),
     "top-k: ties of lanes": Mutation(
@@ -57,22 +69,105 @@ ROUTING_MUTATIONS = {
         TOPK, "lane > 0 && image_before == mine", "image_before == mine", "routing_topk"
     ),
     "top-k: ties past the first word": Mutation(
-        TOPK, "equal[i / 32]", "equal[0]", "routing_permute", case="block, 2048 experts"
+        TOPK, "equal[i / 32]", "equal[0]", "routing_permute", case="block, 2048 experts in groups"
     ),
     "top-k: sort": Mutation(
         TOPK, "if constexpr (STEP > 1) sort_pass<SORTED, STEP / 2>(v);", "", "routing_topk",
         case="deepseek_v3 groups of one lane",
     ),
+    "list: bound": Mutation(
+        LISTED, "if (groups < COUNT) {", "if (groups + 1 < COUNT) {", "routing_topk",
+        case="top_k list",
+    ),
+    "list: bound of NaN": Mutation(
+        ROUTING, "!(x[i] < bound)", "x[i] >= bound", "routing_topk", case="top_k list"
+    ),
+    "list: bound of the experts": Mutation(
+        ROUTING, "expert < NUM_EXPERTS ? key_at(expert, x[i]) : -INFINITY",
+        "key_at(min(expert, NUM_EXPERTS - 1), x[i])", "routing_topk", case="minimax2 list, last",
+    ),
+    "list: bound of terms": Mutation(
+        ROUTING, "__fsub_rn(bound, 0x1p-12f)", "bound", "routing_topk", case="default list"
+    ),
+    "list: bound of terms of 0": Mutation(
+        ROUTING, "> -75.0f ?", "> -750.0f ?", "routing_topk", case="default list"
+    ),
+    "list: experts": Mutation(
+        ROUTING, "kLast * kWarpSize + lane >= NUM_EXPERTS", "lane < 0", "routing_topk",
+        case="top_k list",
+    ),
+    "list: sum with infinity": Mutation(
+        KEYS, "row_max == INFINITY ?", "row_max != row_max ?", "routing_topk",
+        case="default list",
+    ),
+    "list: sum of nothing": Mutation(
+        KEYS, "row_sum = fmaxf(row_sum, 1.0f);", "", "routing_topk", case="default list"
+    ),
+    "list: places": Mutation(
+        LISTED, "if (lane >= offset) through", "if (lane > offset) through", "routing_topk",
+        case="top_k list",
+    ),
+    "list: words past the first": Mutation(
+        LISTED, "(32 * w + __ffs(left) - 1)", "(__ffs(left) - 1)", "routing_topk",
+        case="top_k list",
+    ),
+    "list: ends": Mutation(
+        LISTED, "if (!inside) word = 0;", "", "routing_topk", case="top_k_sigmoid list"
+    ),
+    "list: second word of a lane": Mutation(
+        LISTED, "held > j", "held > 2 * j", "routing_topk", case="top_k_sigmoid list"
+    ),
+    "list: ties": Mutation(
+        LISTED, "static_cast<uint32_t>(~index)", "static_cast<uint32_t>(index)", "routing_topk",
+        case="top_k list",
+    ),
+    "list: ranks": Mutation(
+        LISTED, "larger[j] += of_a + of_b;", "larger[j] += of_a;", "routing_topk",
+        case="top_k list",
+    ),
+    "list: bar": Mutation(
+        LISTED, "bar = list[COUNT - 1];", "bar = list[0];", "routing_topk", case="default list"
+    ),
+    "list: rows of many": Mutation(
+        LISTED, "if (i >= 32 * w) mine", "if (i < 32 * w) mine", "routing_topk",
+        case="default list",
+    ),
+    "list: dropped words": Mutation(
+        LISTED, "  list[lane] = list[kWarpSize + lane] = 0;\n  __syncwarp();\n#pragma",
+        "  __syncwarp();\n#pragma", "routing_topk", case="default list",
+    ),
+    "list: words are read before they are dropped": Mutation(
+        LISTED, "  __syncwarp();\n  list[lane]", "  list[lane]", "routing_topk",
+        case="default list",
+    ),
+    "list: words are dropped before they are written": Mutation(
+        LISTED, "  __syncwarp();\n#pragma", "#pragma", "routing_topk", case="default list"
+    ),
+    "list: indices are complete": Mutation(
+        LISTED, "    __syncwarp();\n    constexpr", "    constexpr", "routing_topk",
+        case="default list",
+    ),
+    "list: words are complete": Mutation(
+        LISTED, "  __syncwarp();\n  sort_list", "  sort_list", "routing_topk", case="default list"
+    ),
+    "softmax: term of infinity": Mutation(
+        "exact.cuh", "return x == INFINITY ? 1.0f : one[0];", "return one[0];", "routing_topk",
+        case="hard to sort",
+    ),
+    "softmax: subnormal terms": Mutation(
+        "exact.cuh", "fmaxf(x[i], -104.0f)", "fmaxf(x[i], -87.0f)", "routing_topk",
+        case="default list",
+    ),
     "sigmoid: reduction": Mutation(
-        "exact.cuh", "__fmaf_rn(n, -0x1.62e4p-1f, a)", "__fmaf_rn(n, -0x1.62e3p-1f, a)",
+        "exact.cuh", "__fmaf_rn(n[i], -0x1.62e4p-1f", "__fmaf_rn(n[i], -0x1.62e3p-1f",
         "routing_topk", case="many sigmoids",
     ),
     "sigmoid: quotient": Mutation(
-        "exact.cuh", "  t = __fmaf_rn(__fmaf_rn(-denominator, t, numerator), reciprocal, t);\n",
-        "", "routing_topk", case="many sigmoids",
+        "exact.cuh", "t[i] = __fmaf_rn(above[i], reciprocal[i], t[i]);", ";", "routing_topk",
+        case="many sigmoids",
     ),
     "sigmoid: ends": Mutation(
-        "exact.cuh", "fmaxf(-fabsf(x), -80.0f)", "-fabsf(x)", "routing_topk", case="sigmoid"
+        "exact.cuh", "fmaxf(-fabsf(x[i]), -80.0f)", "-fabsf(x[i])", "routing_topk", case="sigmoid"
     ),
     # Routing with the permutation: barriers.
     "permute: barrier after clearing": Mutation(
@@ -91,7 +186,7 @@ ROUTING_MUTATIONS = {
         "routing_permute.cu", "ptx::cluster_sync();", "__syncthreads();", case="cluster"
     ),
     "permute: cluster ends together": Mutation(
-        "routing_permute.cu", "ptx::cluster_wait();", "", case="cluster"
+        "routing_permute.cu", "ptx::cluster_wait();", "", case="first of a cluster"
     ),
     "permute: barrier of the scan": Mutation(PERMUTE, BARRIER, "", "routing_permute", case="block"),
     "count: barrier after clearing": Mutation("routing_count.cu", BARRIER, "", case="tails"),
