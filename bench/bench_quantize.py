@@ -166,6 +166,8 @@ def _launches(xp: Any, variant: str, x: Array, out: Any) -> list[kernels.Launch]
     if "static" not in options:
         partials = xp.empty(k.AMAX_BLOCKS_PER_SM * device.num_sms, np.float32)
     first = [] if partials is None else [k.tensor_amax(x, partials)]
+    for launch in first:
+        launch.owned = (partials,)
     if name == "fp8_tensor":
         return [*first, k.quantize_fp8_tensor(x, out.values, out.scale, partials)]
     arrays = (out.values, out.scale, out.global_scale)
