@@ -50,6 +50,9 @@ T = 16384: 1x10 340 / 336 / 334 / 326 / 321, 2x6 341 / 339 / 336 / 328 / 322; T 
 LIGHT = ("swiglu", "geglu_tanh", "relu2", "silu", "identity")
 """Activations whose arithmetic fits those registers."""
 
+PARAMETERS_BLOCKS_PER_SM = 8
+"""For these with parameters."""
+
 HEAVY_BLOCKS_PER_SM = 3
 """For the others, a user's among them: as many registers as they may need."""
 
@@ -85,8 +88,10 @@ def activation_spec(
 
 def blocks_per_sm(activation: Activation, element_bytes: int, rows: int) -> int:
     """Return the blocks of the grid per SM."""
-    light = BLOCKS_PER_SM[element_bytes][rows]
-    return light if activation.name in LIGHT else min(light, HEAVY_BLOCKS_PER_SM)
+    most = BLOCKS_PER_SM[element_bytes][rows]
+    if activation.name not in LIGHT:
+        return min(most, HEAVY_BLOCKS_PER_SM)
+    return most if is_plain(activation) else min(most, PARAMETERS_BLOCKS_PER_SM)
 
 
 def select_rows(num_rows: int, num_blocks: int, element_bytes: int, num_sms: int) -> int:

@@ -162,15 +162,16 @@ def activation_specs(arch: str) -> Iterator[Shipped]:
     for activation, (source, target) in itertools.product(
         ACTIVATIONS, ((FP8.name, FP8.name), ("bfloat16", FP8.name), ("bfloat16", "bfloat16"))
     ):
-        rows = max(kernels_activation.BLOCKS_PER_SM[DTYPES[source].itemsize])
-        spec = kernels_activation.activation_spec(
-            source,
-            target,
-            activation,
-            gate_up_order="gate_up" if activation.gated else None,
-            rows=rows,
-        )
-        yield Shipped(spec)
+        units = kernels_activation.BLOCKS_PER_SM[DTYPES[source].itemsize]
+        for rows in {min(units), max(units)}:
+            spec = kernels_activation.activation_spec(
+                source,
+                target,
+                activation,
+                gate_up_order="gate_up" if activation.gated else None,
+                rows=rows,
+            )
+            yield Shipped(spec)
 
 
 def allreduce_specs(arch: str) -> Iterator[Shipped]:
