@@ -313,9 +313,10 @@ def finalize(rows: Array, weights: Array | None, permuted_idx: Array, out: Array
             ("OUTPUT_TYPE", TYPES[dtype_name(out)]),
         ),
     )
+    num_pieces = -(-hidden_size // (128 * 8))
     return make(
         spec,
-        (num_tokens, -(-hidden_size // (128 * 8)), 1),
+        (num_tokens * num_pieces, 1, 1),
         128,
         rows=rows,
         weights=weights,
@@ -323,4 +324,5 @@ def finalize(rows: Array, weights: Array | None, permuted_idx: Array, out: Array
         out=out,
         columns=permuted_idx.shape[1],
         hidden_size=hidden_size,
+        num_pieces=num_pieces,
     )

@@ -131,7 +131,8 @@ PARAMS: dict[str, np.dtype] = {
         ("activation", _ACTIVATION),
     ),
     "finalize": _struct(
-        *_fields(_POINTER, "rows weights permuted_idx out"), *_fields(_I32, "columns hidden_size")
+        *_fields(_POINTER, "rows weights permuted_idx out"),
+        *_fields(_I32, "columns hidden_size num_pieces unused_"),
     ),
     "allreduce_one_shot": _ALLREDUCE,
     "allreduce_two_shot": _ALLREDUCE,

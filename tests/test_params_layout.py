@@ -81,11 +81,14 @@ def test_every_kernel_has_params() -> None:
     assert set(PARAMS) == {path.stem for path in KERNEL_DIR.glob("*.cu")}
 
 
+POINTERS = ("rows", "weights", "permuted_idx", "out")
+
+
 @pytest.mark.parametrize(
     "fields",
     [
-        ("rows", "weights", "permuted_idx", "out", "hidden_size", "columns"),
-        ("rows", "weights", "permuted_idx", "out", "columns", "hidden_size", "one_more"),
+        (*POINTERS, "hidden_size", "columns", "num_pieces", "unused_"),
+        (*POINTERS, "columns", "hidden_size", "num_pieces", "one_more"),
     ],
 )
 def test_a_difference_is_found(fields: tuple[str, ...], tmp_path: Path) -> None:

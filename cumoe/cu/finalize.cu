@@ -4,7 +4,7 @@
 //
 // in fp32, product and sum rounded separately and in that order, so the twin gives the same bits.
 //
-// Grid      (num_tokens, ceil(hidden_size / (128 * 8))).
+// Grid      num_tokens * num_pieces, the pieces of a token next to each other: its rows are read as wholes.
 // Block     128 threads, eight neighbouring columns each. The loads of kBatch rows come before their sums.
 // smem      row (64,) int32, weight (64,) float: the token's columns, at most 32 + 32 shared.
 // From -D   ROWS_TYPE WEIGHTS_TYPE OUTPUT_TYPE
@@ -23,13 +23,15 @@ struct Params {
   void* out;                    // (num_tokens, hidden_size)
   int32_t columns;
   int32_t hidden_size;  // a multiple of 8
+  int32_t num_pieces;   // ceil(hidden_size / (128 * 8))
+  int32_t unused_;
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads) finalize(const __grid_constant__ Params p) {
   __shared__ int32_t row[kMaxColumns];
   __shared__ float weight[kMaxColumns];
-  const int64_t token = blockIdx.x;
-  const int column = (blockIdx.y * kThreads + threadIdx.x) * 8;
+  const int64_t token = blockIdx.x / p.num_pieces;
+  const int column = static_cast<int>(blockIdx.x % p.num_pieces * kThreads + threadIdx.x) * 8;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x < kMaxColumns) {
