@@ -162,12 +162,11 @@ def _launches(xp: Any, variant: str, x: Array, out: Any) -> list[kernels.Launch]
     if name == "fp8_ue8m0":
         return [k.quantize_fp8_ue8m0(x, out.values, out.scale, out.group_size)]
     device = get_device(int(x.device.id))
-    partials = None
+    partials, first = None, []
     if "static" not in options:
         partials = xp.empty(k.AMAX_BLOCKS_PER_SM * device.num_sms, np.float32)
-    first = [] if partials is None else [k.tensor_amax(x, partials)]
-    for launch in first:
-        launch.owned = (partials,)
+        first = [k.tensor_amax(x, partials)]
+        first[0].owned = (partials,)
     if name == "fp8_tensor":
         return [*first, k.quantize_fp8_tensor(x, out.values, out.scale, partials)]
     arrays = (out.values, out.scale, out.global_scale)

@@ -146,7 +146,7 @@ def activation(
     tables: dict[str, Any] = {}
     if permutation is not None:
         num_slots = int(permutation.permuted_idx.size)
-        # The kernel walks the slots unless there are fewer rows: at most so many of either.
+        # It walks the slots, or at most a third more rows; only the device knows which.
         walked = max(1, min(num_rows, num_slots))
         num_local = int(permutation.tokens_per_expert.shape[0])
         tables = {
