@@ -1,7 +1,7 @@
 # make demo            sets up .venv on first use and runs the main job on the GPU, or on NumPy
 # make test            lint, every test that needs no GPU, every kernel compile
 # make test-gpu        the tests that launch kernels            (one NVIDIA GPU)
-# make test-multigpu   the tests of several GPUs, under mpirun  (NUM_GPUS=2)
+# make test-multigpu   the tests of several GPUs, under mpirun and without it  (NUM_GPUS=2)
 # make bench           times the layer; BENCH=gemm|error|startup is another bench; ARGS="..." goes to it
 # make lint            ruff, mypy, clang-format: report only
 # make format          ruff and clang-format: rewrite
@@ -84,8 +84,9 @@ test: lint
 test-gpu: $(test_env)
 	$(PY) -m pytest -m "gpu and not multigpu" $(ARGS)
 
-# A rank that fails must end (-x), which makes mpirun end the others. For root, and for more ranks than
-# cores, Open MPI wants to be told; other launchers do not read these variables.
+# First the tests of MPI, then those that start ranks themselves. A rank that fails must end (-x), which
+# makes mpirun end the others. For root, and for more ranks than cores, Open MPI wants to be told; other
+# launchers do not read these variables.
 mpi_settings = OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe \
 	$(if $(filter 0,$(shell id -u)),OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1)
 
@@ -94,6 +95,7 @@ test-multigpu: $(mpi_env)
 	  echo "test-multigpu: $(firstword $(MPIRUN)) is not found; install Open MPI or MPICH, or set MPIRUN" >&2; \
 	  exit 1; }
 	$(mpi_settings) $(MPIRUN) $(PY) -m pytest -m multigpu -x -p no:cacheprovider $(ARGS)
+	$(PY) -m pytest -m multigpu $(ARGS)
 
 bench: $(bench_env)
 	$(PY) -m bench.bench_$(BENCH) $(ARGS)

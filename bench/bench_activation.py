@@ -196,7 +196,7 @@ def bench_case(
     slots = num_tokens * shape.top_k
     tile = select_tile(slots, shape.num_experts, "float8_e4m3fn")
     if xp is not np and get_device(xp.cuda.Device().id).arch == SM90_ARCH:
-        tile = select_sm90_tile(slots, shape.num_experts, FP8)
+        tile = select_sm90_tile(num_tokens, shape.top_k, shape.num_experts, FP8)
     first = make_case(xp, shape, num_tokens, variant, tile, args.seed)
     num_sets = min(MAX_SETS, num_cold_inputs(max(first.num_bytes(), 1)))
     cases = [first]

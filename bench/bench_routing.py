@@ -104,8 +104,10 @@ def make_case(xp: Any, shape: ModelShape, num_tokens: int, variant: str, seed: i
     topk = twin_routing.route(logits, routing, bias=bias)
     slots, on_host = topk.ids.size, xp is np
     arch = "" if on_host else get_device(xp.cuda.Device().id).arch
-    select = select_sm90_tile if arch == SM90_ARCH else select_tile
-    tile = select(slots, shape.num_experts, FP8)
+    if arch == SM90_ARCH:
+        tile = select_sm90_tile(num_tokens, shape.top_k, shape.num_experts, FP8)
+    else:
+        tile = select_tile(slots, shape.num_experts, FP8)
     permutation = twin_permutation.group(topk.ids, num_experts=shape.num_experts, tile=tile)
     tables = {name: np.asarray(a) for name, a in permutation._asdict().items() if name != "tile"}
     expected = tables if variant == "given" else tables | topk._asdict()

@@ -87,11 +87,12 @@ class LayerSpec:
         """Return the row tile heights that the GEMMs have on an architecture."""
         return (sm90_tiles if self.runs_sm90(arch) else tiles)(self.gemm_dtype)
 
-    def select_tile(self, num_slots: int, arch: str) -> int:
-        """Return the row tile height for a number of (token, expert) slots."""
+    def select_tile(self, num_tokens: int, top_k: int, arch: str) -> int:
+        """Return the row tile height for tokens of `top_k` experts each, shared ones included."""
         num_experts = self.num_experts + self.num_shared
-        select = select_sm90_tile if self.runs_sm90(arch) else select_tile
-        return select(num_slots, num_experts, self.gemm_dtype)
+        if self.runs_sm90(arch):
+            return select_sm90_tile(num_tokens, top_k, num_experts, self.gemm_dtype)
+        return select_tile(num_tokens * top_k, num_experts, self.gemm_dtype)
 
 
 @dataclass(eq=False)

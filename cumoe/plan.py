@@ -84,7 +84,7 @@ class DevicePlan:
         self.stages: dict[str, list[kernels.Launch]] = {}
         source = self._source(call, workspace)
         columns = source.columns
-        self.tile = spec.select_tile(call.num_tokens * columns, self._device.arch)
+        self.tile = spec.select_tile(call.num_tokens, columns, self._device.arch)
         experts = Experts(spec.num_experts, spec.num_shared, spec.shard)
         self.permutation, launches = plan_permutation(
             source, experts, self.tile, cluster_size(self._device), workspace.take

@@ -162,13 +162,22 @@ SM90_MAX_STAGES = 6
 SM90_CHUNK_BYTES = 32 * 128  # finished rows on their way out: 64 bf16 columns of 32 tokens
 # accumulators and products in registers
 SM90_MAX_BLOCK_N = {"bfloat16": 192, "float8_e4m3fn": 88, FP8_TENSOR: 192}
+SM90_TILES = {
+    "bfloat16": (8, 16, 32, 64, 128, 144, 160, 176, 192, 224, 288),
+    "float8_e4m3fn": (8, 16, 32, 64, 88, 176, 256),
+    FP8_TENSOR: (8, 16, 32, 64, 128, 144, 160, 176, 192, 224, 288),
+}
+"""Heights that some problem is fastest with; others up to 64 tokens measure as the next one."""
 SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4, FP8_TENSOR: 3}  # fp8 takes two at a time
 
 SM90_ROWS = 128
 """Tokens of a block of ``sm90_fp8_rows_grouped_gemm``, which no other fp8 kernel has."""
 
-SM90_ROWS_COST = (163, 37)
-"""What a tile of two such blocks costs, and each 64 rows, in tokens of the other kernels' tiles."""
+SM90_ROWS_COST = (170, 270)
+"""What up to 128 tokens cost there, and up to 256, in tokens of the other kernels' tiles."""
+
+SM90_FLOOR = {"bfloat16": 170, "float8_e4m3fn": 150, FP8_TENSOR: 170}
+"""What a tile costs at least, in tokens: the time in which its weights come from memory."""
 
 
 @dataclass(frozen=True)
@@ -275,17 +284,14 @@ def why_illegal_sm90(config: Sm90Config, problem: GroupedGemmProblem) -> str | N
 
 
 def sm90_block_heights(dtype: str) -> tuple[int, ...]:
-    """Return the tokens a block of the Hopper kernels can take."""
+    """Return the tokens a block of the Hopper kernels can take as columns of its products."""
     most = SM90_MAX_BLOCK_N[dtype]
     return tuple(h for h in (*range(8, 65, 8), 72, 80, 88, *range(96, 193, 16)) if h <= most)
 
 
 def sm90_tiles(dtype: str) -> tuple[int, ...]:
     """Return the row tile heights of the Hopper kernels: of one block, or of a pair."""
-    one = sm90_block_heights(dtype)
-    # NOTE: pairs of higher blocks have too few stages and chunks beside them to be of use.
-    pairs = tuple(2 * height for height in one if one[-1] < 2 * height <= 288)
-    return one + pairs + ((2 * SM90_ROWS,) if dtype == "float8_e4m3fn" else ())
+    return SM90_TILES[dtype]
 
 
 def runs_sm90(problem: GroupedGemmProblem) -> bool:
@@ -311,33 +317,74 @@ def select_gemm(
     return select_config(problem, max_smem_bytes)
 
 
-def select_sm90_tile(num_slots: int, num_experts: int, dtype: str) -> int:
+def select_sm90_tile(num_tokens: int, top_k: int, num_experts: int, dtype: str) -> int:
     """Return the tile height for the mean number of rows an expert gets.
 
-    The one with the least expected work: of an expert with normally distributed rows (a uniform
-    draw), the tiles it is cut into times what the blocks of a tile cost, which is their tokens
-    and a part that does not depend on them.
+    The highest, within what an expert can get at most, of those within a fiftieth of the least
+    expected work: uneven routing gains by a high one. Work is that of an expert with normally
+    distributed rows (a uniform draw): the tiles it is cut into times what the blocks of a tile
+    cost, which is their tokens and a part that does not depend on them, or the time in which their
+    weights come from memory.
 
-    H200, both GEMMs in us at the heights tried; comparable within a line.
-    fp8, DeepSeek-V3: T = 16384 (mean 512) 256 10699; 8192 (256) 256 6056, 144 6636; 6400 (200) 256
-    5085, 144 6708; 5120 (160) 176 4526, 256 4970, 160 5508; 4096 (128) 144 3703, 256 4124; 1024
-    (32) 48 and 64 2710; 512 (16) 32 2626, 24 2631. fp8, Mixtral: T = 4096 (1024) 256 2568, 176
-    2776. fp8, Qwen3: T = 16384 (1024) 256 1268, 176 1466; 4096 (256) 256 414, 144 481.
-    bf16: DeepSeek-V3 T = 16384: 192 18007, 176 19430, 288 20194, 160 21424, 256 21662; T = 4096:
-    144 5861, 160 5872, 176 6207; Mixtral T = 4096: 176 4110, 288 4285, 192 4555; Qwen3 T = 16384
-    (1024): 176 1901, 192 2020.
+    H200, both GEMMs in us at the heights tried, uniform routing / Zipf 1.2; comparable within a
+    line.
+    fp8, DeepSeek-V3:
+    T = 64 (mean 2): 8 2162, 64 2188
+    256 (8): 16 2596 / 2419, 48 2600 / 2228, 88 2589 / 2208
+    512 (16): 24 2642 / 2863, 48 2630 / 2674, 88 2638 / 2637
+    1024 (32): 48 2669 / 3038, 88 2674 / 2956
+    2048 (64): 88 2712 / 3406, 144 2870 / 3600, 256 2898 / 3388
+    3072 (96): 112 3348, 144 3498, 256 3053
+    4096 (128): 88 3991 / 4593, 144 3794 / 4854, 256 3790 / 4380
+    4480 (140): 160 3958, 176 3992, 256 4307
+    5120 (160): 176 4431 / 5352, 256 5040 / 4829
+    6400 (200): 144 7180 / 6523, 256 5076 / 5655
+    8192 (256): 176 7689, 256 6066
+    fp8, Mixtral:
+    256 (64): 80 364 / 443, 88 371 / 444
+    512 (128): 144 541 / 582, 160 504 / 620, 256 538 / 534
+    1024 (256): 144 854, 256 797
+    4096 (1024): 176 2776, 256 2568
+    fp8, Qwen3:
+    256 (16): 24 183, 88 188
+    512 (32): 48 175, 88 182
+    1024 (64): 80 187, 88 188, 256 223
+    2048 (128): 144 287 / 339, 256 281 / 296
+    4096 (256): 144 481, 256 414
+    bf16, DeepSeek-V3:
+    256 (8): 16 5100, 128 5128
+    512 (16): 24 5205 / 5558, 64 5215 / 5213, 128 5163 / 5145
+    1024 (32): 48 5283 / 5893, 128 5277 / 5661
+    2048 (64): 80 5409 / 6358, 128 5346 / 6267, 192 5728 / 6992
+    4096 (128): 128 6612 / 7937, 144 5728 / 7970, 160 5771 / 8022, 192 6223 / 8874
+    6400 (200): 144 9433, 192 10157, 224 8236, 256 8690
+    8192 (256): 144 9324, 192 12244, 288 9453
+    16384 (512): 192 18007, 176 19430, 288 20194
+    bf16, Mixtral:
+    256 (64): 72 690, 128 706
+    1024 (256): 144 1146 / 1371, 176 1326 / 1253, 192 1424 / 1324, 288 1100 / 1415
+    4096 (1024): 176 4110, 288 4285, 192 4555
     """
-    mean = num_slots / max(num_experts, 1)
-    fixed = {"bfloat16": 40, "float8_e4m3fn": 30}.get(dtype, 40)  # tokens that cost as much
+    mean = num_tokens * top_k / max(num_experts, 1)
+    fixed = {"float8_e4m3fn": 30}.get(dtype, 40)  # tokens that cost as much
     alone = {"float8_e4m3fn": 1.19}.get(dtype, 1.0)  # of a block without a partner
 
-    def cost(height: int) -> float:
-        tiles = 1.0
-        for row in range(height, int(mean + 6 * mean**0.5) + 1, height):
-            tiles += 0.5 * math.erfc((row - mean) / (2 * mean) ** 0.5)
-        if _is_rows(dtype, height // 2):
-            return tiles * SM90_ROWS_COST[0] + (mean / 64 + 0.5) * SM90_ROWS_COST[1]
-        pair = height > SM90_MAX_BLOCK_N[dtype]
-        return tiles * (height + 2 * fixed if pair else alone * (height + fixed))
+    def expected_steps(height: int) -> list[float]:
+        """Return the probabilities of more than 0, height, 2 * height, ... rows."""
+        ends = range(height, int(mean + 6 * mean**0.5) + 1, height)
+        return [1.0, *(0.5 * math.erfc((row - mean) / (2 * mean) ** 0.5) for row in ends)]
 
-    return min(sm90_tiles(dtype), key=cost)
+    def cost(height: int) -> float:
+        if _is_rows(dtype, height // 2):
+            one, both = SM90_ROWS_COST
+            steps = expected_steps(SM90_ROWS)
+            return one * sum(steps[::2]) + (both - one) * sum(steps[1::2])
+        pair = height > SM90_MAX_BLOCK_N[dtype]
+        tile = height + 2 * fixed if pair else alone * (height + fixed)
+        floor = SM90_FLOOR[dtype] * (1.1 if pair else 1.0)
+        return sum(expected_steps(height)) * max(tile, floor)
+
+    heights = sm90_tiles(dtype)
+    most = next((height for height in heights if height >= num_tokens), heights[-1])
+    costs = {height: cost(height) for height in heights if height <= most}
+    return max(h for h in costs if costs[h] <= 1.02 * min(costs.values()))

@@ -66,12 +66,12 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 @pytest.fixture(params=["mpi", "threads"])
 def ranks(request):
     """Runs a function as every rank of a group, its GPU current: ``ranks(function)``."""
-    from launched import only_on_rank_0, world
+    from launched import without_mpirun, world
 
     from cumoe import comm
 
     if request.param == "threads":
-        only_on_rank_0()
+        without_mpirun()
         return lambda function: comm.run_ranks(2, function, timeout_s=60)
     mpi = world()
 

@@ -1,7 +1,7 @@
 """The ranks that mpirun has started, for tests of several GPUs.
 
-Under mpirun (``make test-multigpu``) the ranks run the tests of MPI together, one GPU each, and
-rank 0 alone those that need no other. These run without mpirun too.
+Under mpirun the ranks run the tests of MPI together, one GPU each. Those that start their own ranks
+run without it. ``make test-multigpu`` does the one, then the other.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def world():
     return comm
 
 
-def only_on_rank_0():
-    """Skip on the other ranks of mpirun, whose memory a test would see come and go."""
+def without_mpirun():
+    """Skip on several ranks of mpirun, whose memory a test would see come and go."""
     comm = launched()
-    if comm is not None and comm.rank:
-        pytest.skip("rank 0 runs what needs no other rank")
+    if comm is not None and comm.size > 1:
+        pytest.skip("runs without mpirun")

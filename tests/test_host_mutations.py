@@ -18,6 +18,7 @@ MAX_SEEDS = 12
 
 
 GEMM, SM90, SM90_STORE = "sm80_grouped_gemm.cu", "sm90_grouped.cuh", "sm90_store.cuh"
+SM90_SCALES = "sm90_scales.cuh"
 FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_grouped_gemm"
 SM90_FP8, SM90_BF16 = f"{FP8}.cu", f"{BF16}.cu"
 EMPTY_WAIT = "ring.wait(smem.empty, ring.phase ^ 1);"
@@ -28,7 +29,7 @@ CLUSTER_STARTS = "CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();"
 CLUSTER_ENDS = "if constexpr (CLUSTER > 1) ptx::cluster_sync();"
 DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
 SHORT = "one block, several tiles, short k"
-IDLE = "clusters, a block without rows"
+FEW, FEW_GATED = "clusters, few rows", "clusters, few rows, gated"
 WEIGHTED = "fp8 gated interleaved, weights of tokens"
 
 MUTATIONS = {
@@ -95,9 +96,9 @@ MUTATIONS = {
     ),
     "sm90: wait for empty, TMA": Mutation(SM90, EMPTY_WAIT, "", FP8, case=DEEP),
     "sm90: wait for empty, gathered": Mutation(SM90, EMPTY_WAIT, "", FP8, case=DEEP_GATED, nth=1),
-    "sm90: wait for empty, scales": Mutation(SM90_FP8, EMPTY_WAIT, "", case=DEEP),
+    "sm90: wait for empty, scales": Mutation(SM90_SCALES, EMPTY_WAIT, "", FP8, case=DEEP),
     "sm90: wait for gathered": Mutation(
-        SM90_FP8, "ring.wait(smem.landed, ring.phase);", "", case="gated"
+        SM90_SCALES, "ring.wait(smem.landed, ring.phase);", "", FP8, case="gated"
     ),
     "sm90: phase": Mutation(SM90, "slot = 0, phase ^= 1", "slot = 0", FP8, case=DEEP),
     "sm90: bytes": Mutation(
@@ -119,7 +120,7 @@ MUTATIONS = {
     ),
     "sm90: announced to the cluster": Mutation(
         SM90, "ptx::mbarrier_wait_cluster(announced, ring.phase)", "(void)0", FP8,
-        case="clusters, a block without rows, gated",
+        case=FEW_GATED,
     ),
     "sm90: seen by all": Mutation(
         SM90, "(1 + kConsumers * 4 + helpers) * CLUSTER", "kConsumers * 4 * CLUSTER", FP8, case=DEEP
@@ -144,7 +145,7 @@ MUTATIONS = {
     "sm90: cluster starts together": Mutation(
         SM90, CLUSTER_STARTS, "__syncthreads();", FP8, case="clusters, gated"
     ),
-    "sm90: cluster ends together": Mutation(SM90_FP8, CLUSTER_ENDS, "", case=IDLE),
+    "sm90: cluster ends together": Mutation(SM90_FP8, CLUSTER_ENDS, "", case=FEW),
     # Its loads and stores.
     "sm90: halves": Mutation(SM90, "p.first_half ^ h", "p.first_half", FP8, case="gated"),
     "sm90: half past the first": Mutation(
@@ -178,7 +179,19 @@ MUTATIONS = {
         SM90_FP8, "if (column >= p.n) continue;", "", case="gated"
     ),
     "sm90: rows of the blocks": Mutation(
-        SM90, "(t * CLUSTER + rank) * height", "(t + rank) * height", FP8, case=IDLE
+        SM90, "begin += rank * height", "begin += rank * 8", FP8, case=FEW
+    ),
+    "sm90: few rows, weights": Mutation(
+        SM90, "if (!tile.shares) {", "if (CLUSTER == 1) {", FP8, case=FEW
+    ),
+    "sm90: few rows, columns": Mutation(
+        SM90, "column_tile + rank : -1", "column_tile : -1", FP8, case=FEW_GATED
+    ),
+    "sm90: nothing to do": Mutation(
+        SM90, "    release(ring.slot, lane);\n", "", FP8, case=FEW_GATED
+    ),
+    "sm90: nothing to do, stages": Mutation(
+        SM90, "column_tile < 0 ? 1 : steps", "column_tile < 0 ? 2 : steps", FP8, case=FEW_GATED
     ),
     "sm90: staged": Mutation(
         SM90_STORE, "ring.wait(smem.staged[group], ring.phase);", "", FP8, case="plain"
@@ -206,7 +219,16 @@ MUTATIONS = {
         SM90_FP8, "wgmma::wait<0>();", "wgmma::wait<1>();", case="plain"
     ),
     "sm90: scales loaded ahead": Mutation(
-        SM90_FP8, "load(kAhead, step + kAhead)", "load(kAhead, step + 1)", case="gated"
+        SM90_SCALES, "load(step + 4)", "load(step + 3)", FP8, case=DEEP
+    ),
+    "sm90: scales of four stages": Mutation(
+        SM90_SCALES, "s == 1 ? v.y", "s == 1 ? v.x", FP8, case="scales in rows"
+    ),
+    "sm90: scales of unaligned rows": Mutation(
+        SM90_SCALES, " && p.a_scale_row_stride % 4 == 0", "", FP8, case="scales in unaligned rows"
+    ),
+    "sm90: weight scales of a stage": Mutation(
+        SM90_SCALES, "weight, 2 * s)", "weight, 0)", FP8, case=DEEP
     ),
     "sm90: scales of the first stage": Mutation(
         SM90_FP8, "scales[v] = first[v];", "scales[v] = scales[v];", case="plain"
@@ -218,10 +240,10 @@ MUTATIONS = {
         SM90_FP8, "add(1, s < STAGES || more);", "add(1, s < STAGES);", case="gated"
     ),
     "sm90: scale rows of gate and up": Mutation(
-        SM90_FP8, "h == 0 ? p.first_scale_row", "h == 1 ? p.first_scale_row", case="gated"
+        SM90_SCALES, "lane % 2 == 0 ? p.first", "lane % 2 == 1 ? p.first", FP8, case="gated"
     ),
     "sm90: scale rows of the tile": Mutation(
-        SM90_FP8, "tile.column_tile * (GATED ? 1 : 2)", "tile.column_tile", case="plain"
+        SM90_SCALES, ", 0) * (GATED ? 1 : 2)", ", 0)", FP8, case="plain"
     ),
     "sm90: weight rows of a group": Mutation(
         SM90_FP8, "quarter = GATED ? group : part", "quarter = part", case="gated"
@@ -289,7 +311,7 @@ MUTATIONS = {
     "sm90 bf16: cluster starts together": Mutation(
         SM90, CLUSTER_STARTS, "__syncthreads();", BF16, case="clusters, gated"
     ),
-    "sm90 bf16: cluster ends together": Mutation(SM90_BF16, CLUSTER_ENDS, "", case=IDLE),
+    "sm90 bf16: cluster ends together": Mutation(SM90_BF16, CLUSTER_ENDS, "", case=FEW),
     # Scales of tensors, and weights of tokens.
     "gemm tensor: scales of gate and up": Mutation(
         GEMM, "half ? p.up_scale_row : p.gate_scale_row", "p.gate_scale_row",

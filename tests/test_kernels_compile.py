@@ -248,15 +248,15 @@ def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
 def hopper_specs() -> Iterator[Shipped]:
     """Yield the Hopper grouped GEMMs at every tile height, and two blocks that share weights.
 
-    What no layer runs (gathered rows without a gate, or gated ones in order) comes at every fourth
-    height, fp8 by tensors at every second, and both at all high ones, where registers are short.
+    What no layer runs (gathered rows without a gate, or gated ones in order) comes at every second
+    height, and at all high ones, where registers are short.
     """
     for dtype, gated, gather in itertools.product(
         tuning.SM90_MAX_BLOCK_N, (False, True), (False, True)
     ):
         heights = tuning.sm90_tiles(dtype)
-        step = 4 if gated != gather else 2 if dtype == FP8_TENSOR else 1
-        heights = tuple(h for h in heights if h >= 144 or h in heights[::step])
+        if gated != gather:
+            heights = tuple(h for h in heights if h >= 144 or h in heights[::2])
         for tile in heights:
             out = dtype if gated else "bfloat16"
             problem = GroupedGemmProblem(dtype, out, gated, gather, tile)

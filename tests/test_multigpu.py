@@ -1,7 +1,7 @@
 """Several GPUs: workspaces by CUDA IPC and by peer access, written through by kernels and copies.
 
-Under mpirun (``make test-multigpu``) the ranks run the tests of MPI together, one GPU each, and
-rank 0 alone those that need no other: threads and ``demo --ranks``. These run without mpirun too.
+Under mpirun the ranks run the tests of MPI together, one GPU each; threads and ``demo --ranks`` are
+tested without it. ``make test-multigpu`` does both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launched import LAUNCHERS, only_on_rank_0, world
+from launched import LAUNCHERS, without_mpirun, world
 
 from cumoe.comm import CheckedGroup, GroupError, Workspace, WorkspaceError, check_same
 from cumoe.comm.layout import SENTINEL, STATE_WORDS, workspace_bytes
@@ -213,7 +213,7 @@ class TestMpi:
 
 def test_demo_of_two_ranks():
     """Processes that meet by TCP and share memory by CUDA IPC."""
-    only_on_rank_0()
+    without_mpirun()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
     done = subprocess.run(
         [sys.executable, "-m", "cumoe", "demo", "--ranks", "2", "--backend", "cuda"],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launched import LAUNCHERS, only_on_rank_0
+from launched import LAUNCHERS, without_mpirun
 
 from cumoe.comm import AllReduced, Epilogue, Workspace, allreduce
 from tests.helpers import BF16
@@ -101,7 +101,7 @@ DIES = textwrap.dedent("""
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_rank_that_dies(engine):
     """Processes that meet by TCP; the one that is left hears of it and its GPU is free."""
-    only_on_rank_0()
+    without_mpirun()
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]

@@ -210,19 +210,53 @@ class TestHopper:
 
     @pytest.mark.parametrize("dtype", [BF16, FP8, TENSOR])
     def test_tiles(self, dtype):
-        """Of one block, in steps of eight tokens, and of two such blocks beyond."""
+        """Of one block, the highest included, and of two such blocks beyond."""
         blocks, heights = tuning.sm90_block_heights(dtype), tuning.sm90_tiles(dtype)
-        assert blocks[0] == 8 and blocks[-1] == tuning.SM90_MAX_BLOCK_N[dtype]
-        assert heights[: len(blocks)] == blocks and list(heights) == sorted(set(heights))
-        assert all(height % 8 == 0 for height in heights)
+        assert blocks[0] == heights[0] == 8 and list(heights) == sorted(set(heights))
+        assert blocks[-1] == tuning.SM90_MAX_BLOCK_N[dtype] and blocks[-1] in heights
         rows = (tuning.SM90_ROWS,) if dtype == FP8 else ()
-        assert all(height // 2 in blocks + rows for height in heights[len(blocks) :])
+        pairs = tuple(2 * height for height in blocks + rows)
+        assert all(height in (blocks if height <= blocks[-1] else pairs) for height in heights)
         assert heights[-1] > blocks[-1]
 
     @pytest.mark.parametrize("dtype", [BF16, FP8, TENSOR])
-    def test_select_tile(self, dtype):
+    def test_every_tile_is_chosen(self, dtype):
+        """No height is there that nothing runs with."""
+        tokens = (16, *range(1, 9000, 16), 16384)
+        shapes = [(8, 256), (2, 8), (8, 128), (1, 16)]
+        chosen = {tuning.select_sm90_tile(t, k, e, dtype) for t in tokens for k, e in shapes}
+        assert chosen == set(tuning.sm90_tiles(dtype))
+
+    @pytest.mark.parametrize("dtype", [BF16, FP8, TENSOR])
+    def test_select_tile_few_tokens(self, dtype):
+        """No higher than the rows an expert can get, and all of them in one tile."""
         heights = tuning.sm90_tiles(dtype)
-        select = tuning.select_sm90_tile
-        assert select(0, 0, dtype) == select(1, 256, dtype) == heights[0] == 8
-        chosen = {select(slots, 8, dtype) for slots in range(0, 20_000, 7)}
-        assert chosen <= set(heights) and len(chosen) > len(heights) // 3
+        for num_tokens in range(65):
+            least = next(height for height in heights if height >= num_tokens)
+            assert tuning.select_sm90_tile(num_tokens, 8, 256, dtype) == least
+        assert tuning.select_sm90_tile(0, 0, 0, dtype) == heights[0]
+
+    @pytest.mark.parametrize("dtype", [BF16, FP8, TENSOR])
+    def test_select_tile_from_memory(self, dtype):
+        """Where weights come from memory, the highest whose arithmetic takes no longer."""
+        highest = 88 if dtype == FP8 else 128
+        for num_tokens in range(128, 2049, 64):
+            assert tuning.select_sm90_tile(num_tokens, 8, 256, dtype) == highest
+
+    @pytest.mark.parametrize(
+        ("dtype", "num_tokens", "height"),
+        [
+            (FP8, 3072, 256),
+            (FP8, 4096, 256),
+            (FP8, 5120, 176),
+            (FP8, 6400, 256),
+            (FP8, 16384, 256),
+            (BF16, 4096, 160),
+            (BF16, 6400, 224),
+            (BF16, 8192, 288),
+            (BF16, 16384, 192),
+        ],
+    )
+    def test_select_tile(self, dtype, num_tokens, height):
+        """The choices that the measurements in its docstring are about."""
+        assert tuning.select_sm90_tile(num_tokens, 8, 256, dtype) == height

@@ -174,7 +174,7 @@ def kernel_specs(
     heights = set(spec.tiles(arch))
     if max_num_tokens is not None:
         tokens = range(min_num_tokens, max_num_tokens + 1)
-        heights = {spec.select_tile(t * shape.total_top_k, arch) for t in tokens}
+        heights = {spec.select_tile(t, shape.total_top_k, arch) for t in tokens}
     specs = [*_routing_specs(spec, shape, arch), *_rows_specs(recipe)]
     weights = ("float32", "bfloat16") if spec.weights_on_input else ("float32",)
     for tile in sorted(heights):

@@ -9,6 +9,7 @@
 //
 // From -D   those of sm90_grouped.cuh; ACTIVATED writes fp8 with 1 x 128 scales, else bf16
 #include "sm90_grouped.cuh"
+#include "sm90_scales.cuh"
 #include "sm90_store.cuh"
 
 using namespace cumoe;
@@ -45,72 +46,6 @@ struct Smem : Shared {
     ptx::fence_mbarrier_init();
   }
 };
-
-/// Warp 3: the scales of every stage, loaded two stages ahead; then gathered tokens are announced, too.
-__device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const Work& work,
-                                            int lane) {
-  constexpr int kPerLane = ceil_div(BLOCK_N, kWarpSize), kAhead = 2;
-  StageRing ring;
-  for (Items<> items(smem, work, lane); items.left(); items.next()) {
-    const Tile tile(p, items.item, work.rank);
-    const float* a_scale[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int column = lane + i * kWarpSize;
-      const int row = tile.row0 + (column < tile.rows ? column : 0);
-      a_scale[i] = p.a_scale + (GATHER ? max(p.token_idx[row], 0) : row) * p.a_scale_row_stride;
-    }
-    // The second half of the last tile may lie past the matrix: any scale will do for its zeros.
-    const float* w_scale[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int first = h == 0 ? p.first_scale_row : p.second_scale_row;
-      const int block = min(first + tile.column_tile * (GATED ? 1 : 2), p.w_scale_rows - 1);
-      w_scale[h] =
-          p.w_scale + (static_cast<int64_t>(tile.expert) * p.w_scale_rows + block) * work.steps;
-    }
-    float ahead[kAhead + 1][kPerLane + 2];
-    const auto load = [&](int at, int step) {
-      const bool valid = step < work.steps;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        ahead[at][i] = valid ? a_scale[i][step * p.a_scale_block_stride] : 0.0f;
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) ahead[at][kPerLane + h] = valid ? w_scale[h][step] : 0.0f;
-    };
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) load(s, s);
-    for (int step = 0; step < work.steps; ++step, ring.advance()) {
-      load(kAhead, step + kAhead);
-      ring.wait(smem.empty, ring.phase ^ 1);
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int column = lane + i * kWarpSize;
-        const int at = column % 8 / 2 * kScaleRow + column / 8 * 2 + column % 2;
-        if (column < BLOCK_N) {
-#pragma unroll
-          for (int h = 0; h < kScaleSets; ++h) {
-            smem.scale[ring.slot][h][at] = ahead[0][i] * (GATED ? 1.0f : ahead[0][kPerLane + h]);
-          }
-        }
-      }
-      if (GATED && lane == 0) {
-        smem.weight_scale[ring.slot] = make_float2(ahead[0][kPerLane], ahead[0][kPerLane + 1]);
-      }
-      if constexpr (GATHER) {
-        ring.wait(smem.landed, ring.phase);
-        ptx::fence_proxy_async();
-      }
-      arrive_warp(smem.full[ring.slot], lane);
-#pragma unroll
-      for (int s = 0; s < kAhead; ++s) {
-#pragma unroll
-        for (int i = 0; i < kPerLane + 2; ++i) ahead[s][i] = ahead[s + 1][i];
-      }
-    }
-  }
-}
 
 /// Activation, one scale a token over 128 columns, fp8 rows. With GATED both warpgroups have 64 of the
 /// tile's 128 columns, else each has 128 of its own: a team.
@@ -287,6 +222,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
   Ring<NUM_CHUNKS> chunks;
   for (Items<> items(smem, work, lane); items.left(); items.next()) {
     consumer.begin();
+    if (consumer.in.skip(smem, lane)) continue;
     int left = work.steps;
     for (; left >= kUnroll; left -= kUnroll) consumer.run<kUnroll>(left > kUnroll);
     for (; left > 0; --left) consumer.run<1>(left > 1);
@@ -313,7 +249,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     if (warp == 0) {
       if (lane == 0) load_by_tma(p, smem, work);
     } else if (warp == 3) {
-      load_scales(p, smem, work, lane);
+      load_scales(p, smem, work, lane, [&](int slot, int token, float scale, float2 weights) {
+        if (token >= BLOCK_N) return;
+        const int at = token % 8 / 2 * kScaleRow + token / 8 * 2 + token % 2;
+#pragma unroll
+        for (int h = 0; h < kScaleSets; ++h) {
+          const float weight = GATED ? 1.0f : h == 0 ? weights.x : weights.y;
+          smem.scale[slot][h][at] = scale * weight;
+        }
+      });
     } else if constexpr (GATHER) {
       gather_tokens<kGatherThreads>(p, smem, smem.landed, work, threadIdx.x - kWarpSize);
     } else if constexpr (!ACTIVATED) {

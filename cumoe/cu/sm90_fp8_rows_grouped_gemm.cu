@@ -12,6 +12,7 @@
 // From -D   those of sm90_grouped.cuh; ACTIVATED writes fp8 with 1 x 128 scales, else bf16
 #define WHOLE_BLOCKS 1
 #include "sm90_grouped.cuh"
+#include "sm90_scales.cuh"
 #include "sm90_store.cuh"
 
 using namespace cumoe;
@@ -37,61 +38,6 @@ struct Smem : Shared {
     ptx::fence_mbarrier_init();
   }
 };
-
-/// Warp 3: the scales of every stage, loaded two stages ahead; then gathered tokens are announced, too.
-__device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const Work& work,
-                                            int lane) {
-  constexpr int kPerLane = BLOCK_N / kWarpSize, kAhead = 2;
-  StageRing ring;
-  for (Items<> items(smem, work, lane); items.left(); items.next()) {
-    const Tile tile(p, items.item, work.rank);
-    const float* a_scale[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int token = lane + i * kWarpSize;
-      const int row = tile.row0 + (token < tile.rows ? token : 0);
-      a_scale[i] = p.a_scale + (GATHER ? max(p.token_idx[row], 0) : row) * p.a_scale_row_stride;
-    }
-    // Weights past the matrix, or of no tile, are zeros: any scale will do.
-    const int first = lane % 2 == 0 ? p.first_scale_row : p.second_scale_row;
-    const int block = min(first + max(tile.column_tile, 0) * (GATED ? 1 : 2), p.w_scale_rows - 1);
-    const float* w_scale =
-        p.w_scale + (static_cast<int64_t>(tile.expert) * p.w_scale_rows + block) * work.steps;
-    float ahead[kAhead + 1][kPerLane + 1];
-    const auto load = [&](int at, int step) {
-      const bool valid = step < work.steps;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        ahead[at][i] = valid ? a_scale[i][step * p.a_scale_block_stride] : 0.0f;
-      }
-      ahead[at][kPerLane] = valid ? w_scale[step] : 0.0f;
-    };
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) load(s, s);
-    const int stages = tile.stages(work.steps);
-    for (int step = 0; step < stages; ++step, ring.advance()) {
-      load(kAhead, step + kAhead);
-      ring.wait(smem.empty, ring.phase ^ 1);
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        smem.scale[ring.slot][lane + i * kWarpSize] = ahead[0][i];
-      }
-      if (lane < 2) {
-        reinterpret_cast<float*>(&smem.weight_scale[ring.slot])[lane] = ahead[0][kPerLane];
-      }
-      if constexpr (GATHER) {
-        ring.wait(smem.landed, ring.phase);
-        ptx::fence_proxy_async();
-      }
-      arrive_warp(smem.full[ring.slot], lane);
-#pragma unroll
-      for (int s = 0; s < kAhead; ++s) {
-#pragma unroll
-        for (int i = 0; i < kPerLane + 1; ++i) ahead[s][i] = ahead[s + 1][i];
-      }
-    }
-  }
-}
 
 using Sums = float[2][64];  // of two parts of 128 columns
 
@@ -267,7 +213,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     if (warp == 0) {
       if (lane == 0) load_by_tma(p, smem, work);
     } else if (warp == 3) {
-      load_scales(p, smem, work, lane);
+      load_scales(p, smem, work, lane, [&](int slot, int token, float scale, float2) {
+        smem.scale[slot][token] = scale;
+      });
     } else if constexpr (GATHER) {
       gather_tokens<kGatherThreads>(p, smem, smem.landed, work, threadIdx.x - kWarpSize);
     } else if constexpr (!ACTIVATED) {

@@ -8,7 +8,8 @@
 //           from a queue in device memory: so those with the same weights run at the same time, and
 //           find them in L2, however long each takes. The first item is the cluster's own. The CLUSTER
 //           blocks of one have neighbouring tokens of one expert and the same weights, of which each
-//           loads its share for both (multicast).
+//           loads its share for both (multicast); where one block can take a tile's tokens, both have
+//           these and each its own weights, and every second item is nothing.
 // Block     warpgroup 0 produces: warp 0 loads by TMA, others gather tokens by cp.async (GATHER: a TMA
 //           of one row costs as much as one of 32) or write finished rows; warpgroups 1 and 2
 //           consume: two parts of 64 weight rows each.
@@ -113,8 +114,8 @@ struct Shared {
 /// One item of work.
 struct Tile {
   int expert, row0, rows;
-  int column_tile;     // -1: nothing to do, in one step
-  bool shares = true;  // the blocks of a cluster have the same weights
+  int column_tile;  // -1: nothing to do, in one step
+  bool shares;      // the blocks of the cluster have the same weights
 
   __device__ __forceinline__ Tile(const Params& p, int item, int rank) {
     expert = p.tile_expert[item / p.num_column_tiles];
@@ -124,16 +125,10 @@ struct Tile {
     const int local = item - first / p.tile * p.num_column_tiles;
     column_tile = local / tiles;
     const int t = local - column_tile * tiles;
-    int begin;
-    if constexpr (WHOLE_BLOCKS) {
-      begin = t * p.tile;
-      take_rows(p, min(p.tile, count - begin), rank, begin);
-    } else {  // the expert's rows in equal steps of eight over the blocks of its tiles
-      const int height = ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8;
-      begin = (t * CLUSTER + rank) * height;
-      rows = min(height, count - begin);
-    }
-    rows = max(rows, 0);
+    const int even = ceil_div(ceil_div(count, tiles * CLUSTER), 8) * 8 * CLUSTER;
+    const int height = WHOLE_BLOCKS ? p.tile : even;
+    int begin = t * height;
+    take_rows(min(height, count - begin), rank, begin);
     row0 = first + (rows > 0 ? begin : 0);  // without rows one that may be read
   }
 
@@ -144,27 +139,23 @@ struct Tile {
 
   /// Stages of this tile, of `steps` of k.
   __device__ __forceinline__ int stages(int steps) const {
-    return WHOLE_BLOCKS && column_tile < 0 ? 1 : steps;
+    return CLUSTER > 1 && column_tile < 0 ? 1 : steps;
   }
 
  private:
-  /// WHOLE_BLOCKS: this block's of the `rest` rows from `begin` on. Blocks of one cluster have neighbouring
-  /// tokens and the same weights; few rows are one block's, and the other has them with the next
-  /// weights (zeros past the last): then half as many items do, and the others can take 64 rows more.
-  __device__ __forceinline__ void take_rows(const Params& p, int rest, int rank, int& begin) {
-    const int pairs = ceil_div(p.num_column_tiles, 2);
-    const int alone = p.num_column_tiles % 2 == 0 ? BLOCK_N + 64 : BLOCK_N;
-    if (CLUSTER == 1 || rest > alone) {
-      const int height = ceil_div(ceil_div(rest, CLUSTER), 64) * 64;
+  /// This block's of the tile's `rest` rows from `begin` on. Few rows are one block's, and the other has
+  /// them with the next weights (zeros past the last), which the next item then has no need to do.
+  __device__ __forceinline__ void take_rows(int rest, int rank, int& begin) {
+    shares = CLUSTER > 1 && rest > BLOCK_N;
+    if (CLUSTER == 1 || shares) {
+      constexpr int kStep = WHOLE_BLOCKS ? 64 : 8;
+      const int height = ceil_div(ceil_div(rest, CLUSTER), kStep) * kStep;
       begin += rank * height;
       rows = min(rest - rank * height, height);
-      return;
+    } else {
+      rows = column_tile % 2 == 0 ? rest : 0;
+      column_tile = rows > 0 ? column_tile + rank : -1;
     }
-    shares = false;
-    const int part = column_tile / pairs;
-    begin += part * BLOCK_N;
-    rows = min(rest - part * BLOCK_N, BLOCK_N);
-    column_tile = rows > 0 ? (column_tile - part * pairs) * 2 + rank : -1;
   }
 };
 
@@ -288,7 +279,7 @@ __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const
         const int row = GATED ? tile.column_tile * 128 : tile.column_tile * 256 + h * 128;
         const int half = GATED ? p.first_half ^ h : 0;
         const uint32_t to = stage + h * kHalfBytes;
-        if (CLUSTER == 1 || !tile.shares) {
+        if (!tile.shares) {
           ptx::tma_load_5d(to, &p.w_map, full, k, block, row, half, tile.expert);
         } else if (h == work.rank) {
           ptx::tma_load_5d_multicast(to, &p.w_map, full, 0x3, k, block, row, half, tile.expert);
@@ -377,6 +368,14 @@ struct Stages {
     } else {
       if (lane < CLUSTER) ptx::mbarrier_arrive_cluster(released + 8 * slot);
     }
+  }
+
+  /// Passes the one stage of a tile with nothing to do.
+  __device__ __forceinline__ bool skip(const Shared& smem, int lane) {
+    if (CLUSTER == 1 || smem.tiles[ring.slot].w >= 0) return false;
+    release(ring.slot, lane);
+    ring.advance();
+    return true;
   }
 };
 

@@ -114,6 +114,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared& smem, const Wor
   Stages in(smem, lane);
   Ring<NUM_CHUNKS> chunks;
   for (Items<> items(smem, work, lane); items.left(); items.next()) {
+    in.wait();
+    if (in.skip(smem, lane)) continue;
     float accum[2][BLOCK_N / 2] = {};
     int previous = 0;
     for (int step = 0; step < work.steps; ++step) {

@@ -8,10 +8,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from cumoe import kernels, kernels_sm90
 from cumoe.arrays import DTYPES, FP8
-from cumoe.config import Activation, Quantized
+from cumoe.config import Activation, Array, Quantized
 from cumoe.reference import exact, quantize
 from cumoe.tuning import (
     FP8_TENSOR,
@@ -58,6 +59,7 @@ class _Gemm:
     activation: Activation | None = None
     weights: str | None = None  # dtype of the tokens' weights
     num_weighted: int = 2  # of the experts
+    scale_stride: int | None = None  # from row to row of the left operand's scales; None: by column
 
     @property
     def problem(self) -> GroupedGemmProblem:
@@ -67,6 +69,16 @@ class _Gemm:
         return GroupedGemmProblem(
             self.dtype, self.out_dtype, gated, self.gather, self.tile, activated, self.weights
         )
+
+    def scales(self, host: Host, scale: Array) -> Array:
+        """Return the scales of the left operand where the case wants them."""
+        if self.scale_stride is None:
+            return host.arena.array(scale.T).T
+        rows, blocks = scale.shape
+        flat = host.empty(((rows - 1) * self.scale_stride + blocks,), F32)
+        padded = as_strided(flat, (rows, blocks), (4 * self.scale_stride, 4))
+        padded[...] = scale
+        return padded
 
     def check(self, host: Host, launch: Callable[..., kernels.Launch]) -> None:
         """Run what `launch` makes of the operands and compare it with the twin."""
@@ -81,7 +93,7 @@ class _Gemm:
         a_scale = w_scale = None
         if self.dtype == FP8:
             qa = quantize.quantize_fp8_block(a)
-            a, a_scale = qa.values, host.arena.array(qa.scale.T).T
+            a, a_scale = qa.values, self.scales(host, qa.scale)
             rows = 2 * kernels.blocks(n) if order else kernels.blocks(n)
             scale = host.rng.random((self.experts, rows, kernels.blocks(k))) / 100 + 0.005
             w, w_scale = exact.to_e4m3(w * 100), host.arena.array(scale.astype(np.float32))
@@ -331,17 +343,19 @@ GEMM90_FP8_CASES = [
         "one block, several tiles, short k",
         gemm90(FP8, num_sms=1, k=128, n=272, tile=32, order="gate_up", tokens=40, experts=3),
     ),
+    Case("scales in rows", gemm90(FP8, k=1168, n=40, tile=40, scale_stride=12)),
+    Case("scales in unaligned rows", gemm90(FP8, k=640, n=40, tile=40, scale_stride=5)),
     Case(
         "clusters, gated",
         gemm90(FP8, cluster=2, k=272, n=144, tile=48, order="gate_up", tokens=60),
     ),
     Case("clusters, plain", gemm90(FP8, cluster=2, k=640, n=264, tile=96, tokens=60)),
     Case(
-        "clusters, a block without rows",
+        "clusters, few rows",
         gemm90(FP8, cluster=2, num_sms=2, k=640, n=136, tile=48, counts=(3, 0, 99, 8, 1)),
     ),
     Case(
-        "clusters, a block without rows, gated",
+        "clusters, few rows, gated",
         gemm90(
             FP8, cluster=2, num_sms=2, k=144, n=144, tile=48, order="up_gate_interleaved",
             counts=(3, 0, 99, 8, 1),
@@ -415,11 +429,11 @@ GEMM90_CASES = [
     ),
     Case("clusters, plain", gemm90(BF16, cluster=2, k=320, n=264, tile=96, tokens=60)),
     Case(
-        "clusters, a block without rows",
+        "clusters, few rows",
         gemm90(BF16, cluster=2, num_sms=2, k=320, n=136, tile=48, counts=(3, 0, 99, 8, 1)),
     ),
     Case(
-        "clusters, a block without rows, gated",
+        "clusters, few rows, gated",
         gemm90(
             BF16, cluster=2, num_sms=2, k=72, n=136, tile=48, order="up_gate_interleaved",
             counts=(3, 0, 99, 8, 1),

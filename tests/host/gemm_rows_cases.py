@@ -32,6 +32,7 @@ GEMM90_FP8_ROWS_CASES = [
     Case("gated, block-major", _rows90(k=256, n=144, block_major=True, order="gate_up")),
     Case("plain", _rows90(k=144, n=264, tokens=50, num_chunks=2)),
     Case("plain, gathered", _rows90(k=272, n=264, gather=True, tokens=40)),
+    Case("scales in rows", _rows90(k=1168, n=48, order="up_gate", scale_stride=12)),
     Case("shares", _rows90(k=144, n=40, counts=SHARES)),
     Case("shares, gated", _rows90(k=144, n=80, order="gate_up", counts=SHARES)),
     Case(

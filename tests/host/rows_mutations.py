@@ -6,7 +6,7 @@ from tests.host.mutations import Mutation
 
 KERNEL = "sm90_fp8_rows_grouped_gemm"
 ROWS = f"{KERNEL}.cu"
-COMMON = "sm90_grouped.cuh"
+COMMON, SCALES = "sm90_grouped.cuh", "sm90_scales.cuh"
 DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
 MEETS = "ptx::named_barrier_sync(1 + group, 128);"
 
@@ -14,10 +14,10 @@ ROWS_MUTATIONS = {
     f"rows: {name}": mutation
     for name, mutation in {
         "wait for empty, scales": Mutation(
-            ROWS, "ring.wait(smem.empty, ring.phase ^ 1);", "", case=DEEP
+            SCALES, "ring.wait(smem.empty, ring.phase ^ 1);", "", KERNEL, case=DEEP
         ),
         "wait for gathered": Mutation(
-            ROWS, "ring.wait(smem.landed, ring.phase);", "", case="gated"
+            SCALES, "ring.wait(smem.landed, ring.phase);", "", KERNEL, case="gated"
         ),
         "wait for full": Mutation(
             ROWS, "in.wait();\n      const int slot", "const int slot", case=DEEP
@@ -47,10 +47,10 @@ ROWS_MUTATIONS = {
             ROWS, "part == 0 ? weight.x", "part == 1 ? weight.x", case="gated"
         ),
         "scale rows of the tile": Mutation(
-            ROWS, "tile.column_tile, 0) * (GATED ? 1 : 2)", "tile.column_tile, 0)", case="plain"
+            SCALES, ", 0) * (GATED ? 1 : 2)", ", 0)", KERNEL, case="plain"
         ),
         "scales loaded ahead": Mutation(
-            ROWS, "load(kAhead, step + kAhead)", "load(kAhead, step + 1)", case="gated"
+            SCALES, "load(step + 4)", "load(step + 3)", KERNEL, case=DEEP
         ),
         "largest of four lanes": Mutation(
             ROWS, "amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, 2));", "", case="gated"
@@ -78,14 +78,12 @@ ROWS_MUTATIONS = {
             COMMON, "begin += rank * height", "begin += rank * 64", KERNEL, case="clusters, plain"
         ),
         "few rows, weights": Mutation(
-            COMMON, "shares = false;", "", KERNEL, case="clusters, few rows, gated"
-        ),
-        "few rows, columns": Mutation(
-            COMMON, "(column_tile - part * pairs) * 2", "column_tile * 2", KERNEL,
+            COMMON, "if (!tile.shares) {", "if (CLUSTER == 1) {", KERNEL,
             case="clusters, few rows, gated",
         ),
-        "few rows, two blocks": Mutation(
-            COMMON, "begin += part * BLOCK_N;", "", KERNEL, case="clusters, few rows, gated"
+        "few rows, columns": Mutation(
+            COMMON, "column_tile + rank : -1", "column_tile : -1", KERNEL,
+            case="clusters, few rows, gated",
         ),
         "nothing left to do": Mutation(
             COMMON, "column_tile < 0 ? 1 : steps", "column_tile < 0 ? 0 : steps", KERNEL,
