@@ -187,6 +187,9 @@ MUTATIONS = {
     "sm90: few rows, columns": Mutation(
         SM90, "column_tile + rank : -1", "column_tile : -1", FP8, case=FEW_GATED
     ),
+    "sm90: tiles before took all": Mutation(
+        SM90, "max(rest, 0)", "rest", FP8, case="clusters that take more than a tile, rows in order"
+    ),
     "sm90: nothing to do": Mutation(
         SM90, "    release(ring.slot, lane);\n", "", FP8, case=FEW_GATED
     ),

@@ -153,7 +153,7 @@ struct Tile {
       begin += rank * height;
       rows = min(rest - rank * height, height);
     } else {
-      rows = column_tile % 2 == 0 ? rest : 0;
+      rows = column_tile % 2 == 0 ? max(rest, 0) : 0;  // none where the tiles before took all
       column_tile = rows > 0 ? column_tile + rank : -1;
     }
   }

@@ -365,6 +365,10 @@ GEMM90_FP8_CASES = [
         "clusters that take more than a tile",
         gemm90(FP8, cluster=2, k=144, n=40, tile=8, block_n=8, gather=True, counts=(8,)),
     ),
+    Case(
+        "clusters that take more than a tile, rows in order",
+        gemm90(FP8, cluster=2, k=144, n=272, tile=8, block_n=8, counts=(40, 3)),
+    ),
     Case("activated", gemm90(FP8, k=272, n=272, tile=40, activation=Activation("relu2"))),
     Case(
         "activated, one block, several tiles",
