@@ -163,11 +163,11 @@ SM90_CHUNK_BYTES = 32 * 128  # finished rows on their way out: 64 bf16 columns o
 # accumulators and products in registers
 SM90_MAX_BLOCK_N = {"bfloat16": 192, "float8_e4m3fn": 88, FP8_TENSOR: 192}
 SM90_TILES = {
-    "bfloat16": (8, 16, 32, 64, 128, 144, 160, 176, 192, 224, 288),
+    "bfloat16": (8, 16, 32, 48, 64, 96, 128, 144, 160, 176, 192, 224, 288),
     "float8_e4m3fn": (8, 16, 32, 64, 88, 176, 256),
-    FP8_TENSOR: (8, 16, 32, 64, 128, 144, 160, 176, 192, 224, 288),
+    FP8_TENSOR: (8, 16, 32, 48, 64, 96, 128, 144, 160, 176, 192, 224, 288),
 }
-"""Heights that some problem is fastest with; others up to 64 tokens measure as the next one."""
+"""Heights without which some problem would be slower by 2 % or more."""
 SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4, FP8_TENSOR: 3}  # fp8 takes two at a time
 
 SM90_ROWS = 128
@@ -176,8 +176,13 @@ SM90_ROWS = 128
 SM90_ROWS_COST = (170, 270)
 """What up to 128 tokens cost there, and up to 256, in tokens of the other kernels' tiles."""
 
-SM90_FLOOR = {"bfloat16": 170, "float8_e4m3fn": 150, FP8_TENSOR: 170}
-"""What a tile costs at least, in tokens: the time in which its weights come from memory."""
+SM90_FLOOR = {
+    "bfloat16": (170, 0.155, 40),
+    "float8_e4m3fn": (150, 0.2, 24),
+    FP8_TENSOR: (170, 0.155, 40),
+}
+"""What a tile costs at least, in tokens: the time in which its weights come from memory, and what
+each token above the last number adds to it, since its arithmetic takes power from that."""
 
 
 @dataclass(frozen=True)
@@ -326,8 +331,12 @@ def select_sm90_tile(num_tokens: int, top_k: int, num_experts: int, dtype: str) 
     cost, which is their tokens and a part that does not depend on them, or the time in which their
     weights come from memory.
 
-    H200, both GEMMs in us at the heights tried, uniform routing / Zipf 1.2; comparable within a
-    line.
+    Under load, H200 at its power limit, both GEMMs back to back in us, uniform routing / Zipf 1.2:
+    fp8, DeepSeek-V3: T = 64 (mean 2) 8 2175, 64 2216; 512 (16) 24 2628 / 2876, 32 2626, 48 2716 /
+    2786, 88 2849 / 2941; 1024 (32) 40 2823, 64 2793, 88 2874; 4096 (128) 144 4497, 256 4508.
+    bf16: 512 (16) 24 5192 / 5550, 48 5198 / 5246, 128 5574 / 5620; 4096 (128) 144 6774, 160 6618.
+
+    Single runs on a cool chip, likewise; comparable within a line.
     fp8, DeepSeek-V3:
     T = 64 (mean 2): 8 2162, 64 2188
     256 (8): 16 2596 / 2419, 48 2600 / 2228, 88 2589 / 2208
@@ -368,6 +377,7 @@ def select_sm90_tile(num_tokens: int, top_k: int, num_experts: int, dtype: str) 
     mean = num_tokens * top_k / max(num_experts, 1)
     fixed = {"float8_e4m3fn": 30}.get(dtype, 40)  # tokens that cost as much
     alone = {"float8_e4m3fn": 1.19}.get(dtype, 1.0)  # of a block without a partner
+    least, per_token, free = SM90_FLOOR[dtype]
 
     def expected_steps(height: int) -> list[float]:
         """Return the probabilities of more than 0, height, 2 * height, ... rows."""
@@ -381,8 +391,8 @@ def select_sm90_tile(num_tokens: int, top_k: int, num_experts: int, dtype: str) 
             return one * sum(steps[::2]) + (both - one) * sum(steps[1::2])
         pair = height > SM90_MAX_BLOCK_N[dtype]
         tile = height + 2 * fixed if pair else alone * (height + fixed)
-        floor = SM90_FLOOR[dtype] * (1.1 if pair else 1.0)
-        return sum(expected_steps(height)) * max(tile, floor)
+        floor = least + per_token * max(height - free, 0)
+        return sum(expected_steps(height)) * max(tile, 1.1 * floor if pair else floor)
 
     heights = sm90_tiles(dtype)
     most = next((height for height in heights if height >= num_tokens), heights[-1])
