@@ -302,6 +302,31 @@ def grouped_gemm(
     )
 
 
+def permute_rows(
+    a: Array, a_scale: Array | None, permuted_idx: Array, out: Array, out_scale: Array | None
+) -> Launch:
+    """Launch that copies each token's row, and its scales, to all its rows of the permutation."""
+    row_bytes = a.shape[1] * a.dtype.itemsize
+    num_pieces = -(-row_bytes // (128 * 4 * 16))
+    row_stride, block_stride = scale_strides(a_scale)
+    return make(
+        KernelSpec("permute_rows"),
+        (a.shape[0] * num_pieces, 1, 1),
+        128,
+        a=a,
+        a_scale=a_scale,
+        permuted_idx=permuted_idx,
+        out=out,
+        out_scale=out_scale,
+        a_scale_row_stride=row_stride,
+        a_scale_block_stride=block_stride,
+        columns=permuted_idx.shape[1],
+        row_bytes=row_bytes,
+        num_blocks=0 if a_scale is None else a_scale.shape[1],
+        num_pieces=num_pieces,
+    )
+
+
 def finalize(rows: Array, weights: Array | None, permuted_idx: Array, out: Array) -> Launch:
     """Launch for the weighted sum of each token's rows; weights of None are ones."""
     num_tokens, hidden_size = out.shape

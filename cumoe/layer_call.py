@@ -31,6 +31,7 @@ from cumoe.tuning import (
     GroupedGemmConfig,
     GroupedGemmProblem,
     Sm90Config,
+    copies_rows,
     select_gemm,
     select_sm90_tile,
     select_tile,
@@ -93,6 +94,14 @@ class LayerSpec:
         if self.runs_sm90(arch):
             return select_sm90_tile(num_tokens, top_k, num_experts, self.gemm_dtype)
         return select_tile(num_tokens * top_k, num_experts, self.gemm_dtype)
+
+    def copies_rows(self, num_tokens: int, top_k: int, arch: str) -> bool:
+        """Whether tokens are copied to expert order before the first GEMM."""
+        if not self.runs_sm90(arch) or not self.activation.gated:
+            return False
+        num_experts = self.num_experts + self.num_shared
+        size = self.weights.intermediate_size
+        return copies_rows(num_tokens, top_k, num_experts, size, self.gemm_dtype)
 
 
 @dataclass(eq=False)
@@ -252,14 +261,19 @@ def check_call(
 
 
 def gemm_configs(
-    spec: LayerSpec, tile: int, arch: str, max_smem_bytes: int, weights_dtype: str = "float32"
+    spec: LayerSpec,
+    tile: int,
+    arch: str,
+    max_smem_bytes: int,
+    weights_dtype: str = "float32",
+    gather: bool = True,
 ) -> list[tuple[GroupedGemmProblem, GroupedGemmConfig | Sm90Config]]:
     """Return problem and configuration of the two GEMMs; `weights_dtype` is that of the routing."""
     dtype, gated = spec.gemm_dtype, spec.activation.gated
     portable = not spec.runs_sm90(arch)
     weights = weights_dtype if spec.weights_on_input else None
     problems = (
-        GroupedGemmProblem(dtype, dtype, gated, True, tile, not gated, weights),
+        GroupedGemmProblem(dtype, dtype, gated, gather, tile, not gated, weights),
         GroupedGemmProblem(dtype, "bfloat16", False, False, tile),
     )
     return [

@@ -134,6 +134,11 @@ PARAMS: dict[str, np.dtype] = {
         *_fields(_POINTER, "rows weights permuted_idx out"),
         *_fields(_I32, "columns hidden_size num_pieces unused_"),
     ),
+    "permute_rows": _struct(
+        *_fields(_POINTER, "a a_scale permuted_idx out out_scale"),
+        *_fields(_I64, "a_scale_row_stride a_scale_block_stride"),
+        *_fields(_I32, "columns row_bytes num_blocks num_pieces"),
+    ),
     "allreduce_one_shot": _ALLREDUCE,
     "allreduce_two_shot": _ALLREDUCE,
     "sm80_grouped_gemm": _struct(

@@ -173,14 +173,21 @@ class DevicePlan:
             return arrays["rows"]
         act = Rows(arrays["act"], arrays.get("act_scale", spec.weights.act_scale))
         queues = workspace.take("queues", (2, 2), "int32", zeros=True)
+        source, copies = Rows(x, x_scale), []
+        if spec.copies_rows(call.num_tokens, p.permuted_idx.shape[1], self._device.arch):
+            # The second GEMM's rows are written when the first has read these: the same memory.
+            kind = FP8 if spec.fp8 else "bfloat16"
+            ordered = workspace.take("rows", arrays["rows"].shape, kind)
+            source = Rows(ordered, arrays.get("rows_scale"))
+            copies = [kernels.permute_rows(x, x_scale, p.permuted_idx, *source)]
         gemm1, gemm2 = self._plan_gemms(
-            Rows(x, x_scale), act, arrays["rows"], topk_weights, call.weights_dtype(spec), queues
+            source, act, arrays["rows"], topk_weights, call.weights_dtype(spec), queues, not copies
         )
+        self._gemm1, self._reader = gemm1, (*copies, gemm1)[0]
         if x is call.x:
-            self._bind("x", gemm1, "a")
-            self._bind("x_scale", gemm1, "a_scale")
-        self._gemm1 = gemm1
-        self.stages["gemm1"], self.stages["gemm2"] = [gemm1], [gemm2]
+            self._bind("x", self._reader, "a")
+            self._bind("x_scale", self._reader, "a_scale")
+        self.stages["gemm1"], self.stages["gemm2"] = [*copies, gemm1], [gemm2]
         return arrays["rows"]
 
     def _plan_gemms(
@@ -191,10 +198,11 @@ class DevicePlan:
         topk_weights: Array,
         weights_dtype: str,
         queues: Array,
+        gather: bool,
     ) -> tuple[kernels.Launch, kernels.Launch]:
         spec, p, device = self._spec, self.permutation, self._device
         (problem1, config1), (problem2, config2) = gemm_configs(
-            spec, self.tile, device.arch, device.max_smem_bytes, weights_dtype
+            spec, self.tile, device.arch, device.max_smem_bytes, weights_dtype, gather
         )
         self.configs = {"gemm1": config1, "gemm2": config2}
         w13, w2 = operands(spec.weights)
@@ -212,8 +220,8 @@ class DevicePlan:
             item.params[field] = address(getattr(call, name))
         if call.x_scale is not None and "gemm1" in self.stages:
             row, block = kernels.scale_strides(call.x_scale)
-            self._gemm1.params["a_scale_row_stride"] = row
-            self._gemm1.params["a_scale_block_stride"] = block
+            self._reader.params["a_scale_row_stride"] = row
+            self._reader.params["a_scale_block_stride"] = block
         for launches in self.stages.values():
             for item in launches:
                 item.run(self._device, stream_ptr)
@@ -242,11 +250,11 @@ def operands(weights: ExpertWeights) -> tuple[kernels.GemmOperand, kernels.GemmO
 
 
 def gemm_specs(
-    spec: LayerSpec, tile: int, arch: str, weights_dtype: str = "float32"
+    spec: LayerSpec, tile: int, arch: str, weights_dtype: str = "float32", gather: bool = True
 ) -> list[KernelSpec]:
     """Return the kernels of the two GEMMs for a tile height on an architecture."""
     (first, config1), (second, config2) = gemm_configs(
-        spec, tile, arch, smem_limit(arch), weights_dtype
+        spec, tile, arch, smem_limit(arch), weights_dtype, gather
     )
     return [gemm_spec(first, config1, spec.activation), gemm_spec(second, config2)]
 
@@ -267,6 +275,7 @@ def expert_buffers(
     return buffers | {
         "act": ((max_rows, intermediate), FP8),
         "act_scale": ((max_rows, kernels.blocks(intermediate)), "float32"),
+        "rows_scale": ((max_rows, kernels.blocks(hidden)), "float32"),
         "xq": ((num_tokens, hidden), FP8),
         "xq_scale": ((num_tokens, kernels.blocks(hidden)), "float32"),
     }

@@ -9,6 +9,8 @@ import pytest
 
 import cumoe
 from cumoe import ExpertShard, MoELayer, Routing, TopK
+from cumoe.launch import current_device
+from cumoe.tuning import SM90_ARCH
 from tests.brute_force import Layer, random_layer
 from tests.helpers import (
     BF16,
@@ -137,6 +139,31 @@ def test_larger_sizes(rng, recipe, hidden_size, intermediate_size, num_tokens):
     for _ in range(3):
         poison(layer)
         assert_same_bits(layer(x, logits), first)
+
+
+@each_recipe
+def test_tokens_in_expert_order(rng, recipe):
+    """Hundreds of tokens an expert: copied first, from whatever array a call brings."""
+    routing = Routing("renormalize", num_experts=3, top_k=2, num_shared_experts=1)
+    random = random_layer(
+        rng, routing, recipe, num_tokens=500, hidden_size=400, intermediate_size=1536
+    )
+    layer = planned(random, 500)
+    copied = current_device().arch == SM90_ARCH and recipe != "fp8_tensor"
+    names = [launch.spec.name for launch in layer.plan(500).stages["gemm1"]]
+    assert (names[0] == "permute_rows") == copied and len(names) == 1 + copied
+    x, logits = to_backend(random.x, "cupy"), to_backend(random.logits, "cupy")
+    poison(layer)
+    first = layer(x, logits).copy()
+    assert_close_blocks(first, expected(random), f"layer {recipe}", k=1536)
+    zeros = layer(to_backend(np.zeros_like(random.x), "cupy"), logits)
+    assert not to_host(zeros).any()
+    assert_same_bits(layer(x, logits), first)
+    if recipe == "fp8_block":
+        q = cumoe.quantize_fp8_block(x)
+        assert_same_bits(layer(q, logits), first)
+        by_column = cumoe.Quantized(q.values, q.scale.T.copy().T)
+        assert_same_bits(layer(by_column, logits), first)
 
 
 @each_recipe

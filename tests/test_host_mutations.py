@@ -39,6 +39,26 @@ MUTATIONS = {
     **ROWS_MUTATIONS,
     # Removed block barriers, every one there is.
     "finalize: barrier": Mutation("finalize.cu", BARRIER, "", case="tails"),
+    "permute rows: barrier": Mutation("permute_rows.cu", BARRIER, "", case="scales"),
+    "permute rows: slot of -1": Mutation(
+        "permute_rows.cu", "if (row[k] < 0) continue;", "", case="tails"
+    ),
+    "permute rows: scale of -1": Mutation(
+        "permute_rows.cu", "if (row[k] >= 0) p.out_scale", "p.out_scale", case="scales"
+    ),
+    "permute rows: tail": Mutation(
+        "permute_rows.cu", "if (at < p.row_bytes) *", "*", case="tails"
+    ),
+    "permute rows: pieces": Mutation(
+        "permute_rows.cu", "(piece * kVectors", "(0", case="two pieces"
+    ),
+    "permute rows: scales by column": Mutation(
+        "permute_rows.cu", "block * p.a_scale_block_stride", "block", case="scales by column, many"
+    ),
+    "permute rows: 64-bit offsets": Mutation(
+        "permute_rows.cu", "static_cast<int64_t>(row[k]) * p.row_bytes", "row[k] * p.row_bytes",
+        case="offsets past 2^32",
+    ),
     "weights: barrier": Mutation("quantize_fp8_weights.cu", BARRIER, "", case="tails"),
     "gemm: barrier of the pipeline": Mutation(GEMM, BARRIER, "", case="bf16 gated"),
     "gemm: barrier of the scale": Mutation(GEMM, BARRIER, "", case="fp8 gated to fp8", nth=1),

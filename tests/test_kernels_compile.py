@@ -61,6 +61,7 @@ MAX_REGISTERS = {
     "allreduce_two_shot": 128,
     "finalize": 56,
     "permute_place": 64,
+    "permute_rows": 48,
     "quantize_fp8_block": 72,
     "quantize_fp8_tensor": 64,
     "quantize_fp8_token": 64,
@@ -121,8 +122,9 @@ def routing_specs(arch: str) -> Iterator[Shipped]:
 
 
 def elementwise_specs() -> Iterator[Shipped]:
-    """Yield finalize for all its dtypes."""
+    """Yield finalize for all its dtypes, and the copy of rows."""
     ids = np.zeros((1, 2), np.int32)
+    yield Shipped(KernelSpec("permute_rows"))
     for rows, weights, out in itertools.product(FLOATS, ("float32", "bfloat16"), FLOATS):
         arrays = (np.zeros((1, 8), DTYPES[dtype]) for dtype in (rows, weights))
         launch = kernels.finalize(*arrays, ids, np.zeros((1, 8), DTYPES[out]))
@@ -206,6 +208,11 @@ def epilogue_specs(arch: str) -> Iterator[Shipped]:
             one = tuning.sm90_block_heights(dtype)
             for tile in (one[0], one[-1], tuning.sm90_tiles(dtype)[-1]):
                 problem = GroupedGemmProblem(dtype, dtype, gated, True, tile, not gated)
+                hopper = tuning.select_sm90_config(problem)
+                spec = gemm_spec(problem, hopper, activation)
+                yield Shipped(spec, tuning.sm90_smem_bytes(hopper, problem))
+            if gated and dtype != FP8_TENSOR:  # of tokens in expert order
+                problem = replace(problem, gather=False)
                 hopper = tuning.select_sm90_config(problem)
                 spec = gemm_spec(problem, hopper, activation)
                 yield Shipped(spec, tuning.sm90_smem_bytes(hopper, problem))

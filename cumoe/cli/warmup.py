@@ -171,15 +171,22 @@ def kernel_specs(
         If the shape's sizes cannot run.
     """
     spec = _layer_spec(shape, recipe)
-    heights = set(spec.tiles(arch))
+
+    def tile_and_gather(num_tokens: int) -> tuple[int, bool]:
+        asked = (num_tokens, shape.total_top_k, arch)
+        return spec.select_tile(*asked), not spec.copies_rows(*asked)
+
+    reads = {tile_and_gather(t) for t in range(1, 1 << 17, 64)}
+    reads |= {(tile, True) for tile in spec.tiles(arch)}
     if max_num_tokens is not None:
-        tokens = range(min_num_tokens, max_num_tokens + 1)
-        heights = {spec.select_tile(t, shape.total_top_k, arch) for t in tokens}
+        reads = {tile_and_gather(t) for t in range(min_num_tokens, max_num_tokens + 1)}
     specs = [*_routing_specs(spec, shape, arch), *_rows_specs(recipe)]
     weights = ("float32", "bfloat16") if spec.weights_on_input else ("float32",)
-    for tile in sorted(heights):
+    for tile, gather in sorted(reads):
         for dtype in weights:
-            specs += gemm_specs(spec, tile, arch, dtype)
+            specs += gemm_specs(spec, tile, arch, dtype, gather)
+        if not gather:
+            specs.append(KernelSpec("permute_rows"))
     return list(dict.fromkeys(specs))
 
 

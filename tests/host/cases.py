@@ -17,6 +17,7 @@ from tests.host.gemm_cases import (
     GEMM_CASES,
 )
 from tests.host.gemm_rows_cases import GEMM90_FP8_ROWS_CASES
+from tests.host.permute_rows_cases import PERMUTE_ROWS_CASES
 from tests.host.quantize_cases import QUANTIZE_CASES
 from tests.host.routing_cases import ONE_LAUNCH_CASES, ROUTING_CASES, TWO_LAUNCH_CASES
 
@@ -30,6 +31,7 @@ CASES: dict[str, list[Case]] = {
     **QUANTIZE_CASES,
     "activation": ACTIVATION_CASES,
     "finalize": FINALIZE_CASES,
+    "permute_rows": PERMUTE_ROWS_CASES,
     "allreduce_one_shot": ALLREDUCE_CASES,
     "allreduce_two_shot": TWO_SHOT_CASES,
     "sm80_grouped_gemm": GEMM_CASES,

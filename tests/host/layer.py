@@ -57,8 +57,12 @@ def run_layer(
     num_shared_experts: int = 0,
     weights_on_input: bool = False,
     out: np.ndarray | None = None,
+    copies: bool = False,
 ) -> tuple[np.ndarray | None, ExpertParts]:
-    """Return the result, and the parts it was summed from, of a call that a GPU would plan."""
+    """Return the result, and the parts it was summed from, of a call that a GPU would plan.
+
+    With `copies` tokens are put in expert order first, as if there were hundreds for each.
+    """
     spec = check_layer(
         weights, routing, shard, activation, num_experts, num_shared_experts, weights_on_input
     )
@@ -70,6 +74,7 @@ def run_layer(
         mock.patch("cumoe.plan.get_device", lambda ordinal: device),
         mock.patch("cumoe.grouped_gemm.get_device", lambda ordinal: device),
         mock.patch("cumoe.kernels_sm90.encode_tiled", encode_tiled),
+        mock.patch("cumoe.layer_call.copies_rows", lambda *_: copies),
     ):
         plan = DevicePlan(spec, call, _Workspace(host))  # type: ignore[arg-type]
     launches = [launch for stage in plan.stages.values() for launch in stage]
@@ -79,6 +84,8 @@ def run_layer(
         hopper = f"sm90_fp8_{'rows_' if rows else ''}grouped_gemm"
     gemm = hopper if spec.runs_sm90(arch) else "sm80_grouped_gemm"
     assert {name for launch in launches if "gemm" in (name := launch.spec.name)} == {gemm}
+    first = copies and arch == "sm_90a"
+    assert first == any(launch.spec.name == "permute_rows" for launch in launches)
     host.run(*launches)
     return call.out, plan.parts_of(call)
 
@@ -94,6 +101,7 @@ class _Shape:
     num_shared: int = 0
     activation: Activation | None = None
     weights_on_input: bool = False  # with given routing
+    copies: bool = False
 
 
 def _weights(host: Host, shape: _Shape, num_experts: int) -> ExpertWeights:
@@ -134,7 +142,15 @@ def _layer(
         act = shape.activation or Activation(**activation)
         out = host.empty(x.shape, BF16)
         run_layer(
-            host, x, weights, routing=routing, logits=logits, shard=shard, activation=act, out=out
+            host,
+            x,
+            weights,
+            routing=routing,
+            logits=logits,
+            shard=shard,
+            activation=act,
+            out=out,
+            copies=shape.copies,
         )
         expected = cumoe.moe(x, logits, weights, routing=routing, shard=shard, activation=act)
         close("out", out, expected, f"layer {shape.recipe}")
@@ -222,6 +238,21 @@ LAYER_CASES = [
         _layer(
             _Shape(13, 144, 80, "fp8_block", "up_gate", activation=Activation("geglu")),
             Routing("renormalize", 6, 2),
+        ),
+    ),
+    Case(
+        "bf16 tokens in order first",
+        _layer(
+            _Shape(40, 200, 72, copies=True),
+            Routing("renormalize", 9, 3, num_shared_experts=1),
+            ExpertShard.from_counts([4, 3, 2], 1),
+        ),
+    ),
+    Case(
+        "fp8 tokens in order first",
+        _layer(
+            _Shape(300, 272, 144, "fp8_block", "gate_up_interleaved", copies=True),
+            Routing("renormalize", 3, 2),
         ),
     ),
     Case("bf16 given ids", _given(_Shape(17, 72, 64), 3, 6, False)),
