@@ -77,9 +77,9 @@ def grouped_gemm(
         :class:`ExpertWeights` says.
     permutation : Permutation
         From :func:`group`; on a device its ``tile`` must be a height the kernels have: 16, 32, 64,
-        or 128 for 16-bit types; on Hopper also ``tuning.sm90_tiles(dtype)`` for bfloat16, and for
-        fp8 with fp8 output (with `gate_up_order`) or bfloat16 output (without, and without an
-        activation).
+        or 128 for 16-bit types; on Hopper any multiple of 8 up to ``tuning.SM90_TILES[dtype][-1]``
+        for bfloat16, and for fp8 with fp8 output (with `gate_up_order`) or bfloat16 output
+        (without, and without an activation).
     gather : bool
         Rows of x are tokens rather than permuted rows.
     gate_up_order : {"gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved"}, optional

@@ -28,6 +28,7 @@ from cumoe.routing import check_logits
 from cumoe.tuning import (
     FP8_TENSOR,
     SM90_ARCH,
+    SM90_TILES,
     GroupedGemmConfig,
     GroupedGemmProblem,
     Sm90Config,
@@ -35,7 +36,6 @@ from cumoe.tuning import (
     select_gemm,
     select_sm90_tile,
     select_tile,
-    sm90_tiles,
     tiles,
 )
 from cumoe.validate import (
@@ -86,7 +86,7 @@ class LayerSpec:
 
     def tiles(self, arch: str) -> tuple[int, ...]:
         """Return the row tile heights that the GEMMs have on an architecture."""
-        return (sm90_tiles if self.runs_sm90(arch) else tiles)(self.gemm_dtype)
+        return SM90_TILES[self.gemm_dtype] if self.runs_sm90(arch) else tiles(self.gemm_dtype)
 
     def select_tile(self, num_tokens: int, top_k: int, arch: str) -> int:
         """Return the row tile height for tokens of `top_k` experts each, shared ones included."""

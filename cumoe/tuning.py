@@ -161,28 +161,24 @@ SM90_SMEM_BYTES = 232448
 SM90_MAX_STAGES = 6
 SM90_CHUNK_BYTES = 32 * 128  # finished rows on their way out: 64 bf16 columns of 32 tokens
 # accumulators and products in registers
-SM90_MAX_BLOCK_N = {"bfloat16": 192, "float8_e4m3fn": 88, FP8_TENSOR: 192}
+SM90_MAX_BLOCK_N = {"bfloat16": 176, "float8_e4m3fn": 88, FP8_TENSOR: 176}
 SM90_TILES = {
-    "bfloat16": (8, 16, 32, 48, 64, 96, 128, 144, 160, 176, 192, 224, 288),
-    "float8_e4m3fn": (8, 16, 32, 64, 88, 176, 256),
-    FP8_TENSOR: (8, 16, 32, 48, 64, 96, 128, 144, 160, 176, 192, 224, 288),
+    "bfloat16": (8, 32, 128, 176, 288),
+    "float8_e4m3fn": (8, 32, 88, 256),
+    FP8_TENSOR: (8, 32, 128, 176, 288),
 }
-"""Heights without which some problem would be slower by 2 % or more."""
+"""Row tile heights that the Hopper kernels are compiled for: of one block, or of a pair."""
 SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4, FP8_TENSOR: 3}  # fp8 takes two at a time
 
 SM90_ROWS = 128
 """Tokens of a block of ``sm90_fp8_rows_grouped_gemm``, which no other fp8 kernel has."""
 
-SM90_ROWS_COST = (170, 270)
-"""What up to 128 tokens cost there, and up to 256, in tokens of the other kernels' tiles."""
-
-SM90_FLOOR = {
-    "bfloat16": (170, 0.155, 40),
-    "float8_e4m3fn": (150, 0.2, 24),
-    FP8_TENSOR: (170, 0.155, 40),
+SM90_CHOICES = {
+    "bfloat16": ((8, 32), (72, 128), (176, 176), (640, 288), (math.inf, 176)),
+    "float8_e4m3fn": ((8, 32), (80, 88), (math.inf, 256)),
+    FP8_TENSOR: ((8, 32), (72, 128), (176, 176), (640, 288), (math.inf, 176)),
 }
-"""What a tile costs at least, in tokens: the time in which its weights come from memory, and what
-each token above the last number adds to it, since its arithmetic takes power from that."""
+"""The tile height up to a mean number of rows of an expert."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +206,6 @@ def sm90_smem_bytes(config: Sm90Config, problem: GroupedGemmProblem) -> int:
     elif problem.dtype == "float8_e4m3fn":
         sets = 1 if problem.gated else 2  # of token scales, and of teams that requantise
         size += 4 * stages * sets * 16 * (-(-n // 16) | 1) + 2 * 8 * stages
-        size += (16 * sets + 4 * 8) * (n if problem.gated or problem.activated else 1)
     return -(-size // 16) * 16
 
 
@@ -224,38 +219,32 @@ def _sm90_chunks(block_n: int, problem: GroupedGemmProblem) -> tuple[int, int]:
     if _is_rows(problem.dtype, block_n):
         return (2, 2) if problem.output_dtype == "float8_e4m3fn" else (1, 4)
     if problem.output_dtype == "float8_e4m3fn":  # the staging of requantised rows lies there
-        chunks = -(-block_n * 144 * (1 if problem.gated else 2) // (2 * SM90_CHUNK_BYTES))
+        teams = 1 if problem.gated else 2
+        chunks = -(-block_n * ((144 + 16) * teams + 4 * 8) // (2 * SM90_CHUNK_BYTES))
         return chunks, chunks
     if problem.gather:
         return 1, 1
     return 1, -(-block_n // 32) * (1 if problem.gated else 2)
 
 
-def _sm90_max_block_n(problem: GroupedGemmProblem) -> int:
-    """Return the most tokens a block takes, whose sums must fit its registers."""
-    # Consumers that copy rows of two parts, or scale them by weights, need registers for it.
-    needs_registers = problem.dtype == "bfloat16" or problem.weights_dtype is not None
-    if needs_registers and problem.gather and not problem.gated:
-        return 176
-    return SM90_MAX_BLOCK_N[problem.dtype]
-
-
 def select_sm90_config(problem: GroupedGemmProblem) -> Sm90Config:
     """Return the deepest pipeline for a problem's row tiles, then the most chunks that fit.
 
-    A tile higher than one block can take is shared by a cluster of two. The highest of fp8 is that
-    of ``sm90_fp8_rows_grouped_gemm``.
+    Blocks are those of the least height in ``SM90_TILES`` that holds a tile; what they do not need
+    of it they do not multiply. A pair of blocks, a cluster, has the highest. That of fp8 is
+    ``sm90_fp8_rows_grouped_gemm``.
 
     Raises
     ------
     ValueError
         If no block can take such a tile.
     """
-    heights = sm90_tiles(problem.dtype)
-    if problem.tile not in heights:
-        raise ValueError(f"tile: expected one of {heights}, got {problem.tile}")
-    cluster = 1 if problem.tile <= _sm90_max_block_n(problem) else 2
-    block_n = problem.tile // cluster
+    heights = SM90_TILES[problem.dtype]
+    if not 0 < problem.tile <= heights[-1] or problem.tile % 8:
+        raise ValueError(f"tile: expected a multiple of 8 up to {heights[-1]}, got {problem.tile}")
+    height = next(height for height in heights if height >= problem.tile)
+    cluster = 1 if height <= SM90_MAX_BLOCK_N[problem.dtype] else 2
+    block_n = height // cluster
     fewest, most = _sm90_chunks(block_n, problem)
     fewest = min(most, max(fewest, 2))
     for stages in range(SM90_MAX_STAGES, 1, -1):
@@ -270,8 +259,7 @@ def why_illegal_sm90(config: Sm90Config, problem: GroupedGemmProblem) -> str | N
     """Return why the Hopper kernel cannot run `problem` with `config`, or None if it can."""
     if config.cluster not in (1, 2):
         return f"cluster = {config.cluster}: expected 1 or 2"
-    most = _sm90_max_block_n(problem)
-    blocks = tuple(h for h in sm90_block_heights(problem.dtype) if h <= most)
+    blocks = sm90_block_heights(problem.dtype)
     if config.block_n not in blocks and not _is_rows(problem.dtype, config.block_n):
         return f"block_n = {config.block_n}: expected one of {blocks}"
     if config.block_n * config.cluster < problem.tile:
@@ -291,17 +279,13 @@ def why_illegal_sm90(config: Sm90Config, problem: GroupedGemmProblem) -> str | N
 def sm90_block_heights(dtype: str) -> tuple[int, ...]:
     """Return the tokens a block of the Hopper kernels can take as columns of its products."""
     most = SM90_MAX_BLOCK_N[dtype]
-    return tuple(h for h in (*range(8, 65, 8), 72, 80, 88, *range(96, 193, 16)) if h <= most)
-
-
-def sm90_tiles(dtype: str) -> tuple[int, ...]:
-    """Return the row tile heights of the Hopper kernels: of one block, or of a pair."""
-    return SM90_TILES[dtype]
+    return tuple(h for h in (*range(8, 65, 8), 72, 80, 88, *range(96, 177, 16)) if h <= most)
 
 
 def runs_sm90(problem: GroupedGemmProblem) -> bool:
     """Tell whether a Hopper kernel runs a problem: those of a layer's two GEMMs."""
-    if problem.dtype not in SM90_MAX_BLOCK_N or problem.tile not in sm90_tiles(problem.dtype):
+    highest = SM90_TILES.get(problem.dtype, (0,))[-1]
+    if problem.tile > highest or problem.tile % 8:
         return False
     activated = problem.gated or problem.activated
     return problem.output_dtype == (problem.dtype if activated else "bfloat16")
@@ -325,79 +309,45 @@ def select_gemm(
 def select_sm90_tile(num_tokens: int, top_k: int, num_experts: int, dtype: str) -> int:
     """Return the tile height for the mean number of rows an expert gets.
 
-    The highest, within what an expert can get at most, of those within a fiftieth of the least
-    expected work: uneven routing gains by a high one. Work is that of an expert with normally
-    distributed rows (a uniform draw): the tiles it is cut into times what the blocks of a tile
-    cost, which is their tokens and a part that does not depend on them, or the time in which their
-    weights come from memory.
+    A block multiplies over as many columns as its tokens need, so a high tile costs an expert of
+    few tokens nothing but stages in flight; the experts with most tokens under uneven routing are
+    cut into fewer tiles. None is higher than what an expert can get at most needs.
 
-    Under load, H200 at its power limit, both GEMMs back to back in us, uniform routing / Zipf 1.2:
-    fp8, DeepSeek-V3: T = 64 (mean 2) 8 2175, 64 2216; 512 (16) 24 2628 / 2876, 32 2626, 48 2716 /
-    2786, 88 2849 / 2941; 1024 (32) 40 2823, 64 2793, 88 2874; 4096 (128) 144 4497, 256 4508.
-    bf16: 512 (16) 24 5192 / 5550, 48 5198 / 5246, 128 5574 / 5620; 4096 (128) 144 6774, 160 6618.
-
-    Single runs on a cool chip, likewise; comparable within a line.
+    H200 at its power limit, both GEMMs back to back in us, uniform routing / Zipf 1.2; comparable
+    within a line.
     fp8, DeepSeek-V3:
-    T = 64 (mean 2): 8 2162, 64 2188
-    256 (8): 16 2596 / 2419, 48 2600 / 2228, 88 2589 / 2208
-    512 (16): 24 2642 / 2863, 48 2630 / 2674, 88 2638 / 2637
-    1024 (32): 48 2669 / 3038, 88 2674 / 2956
-    2048 (64): 88 2712 / 3406, 144 2870 / 3600, 256 2898 / 3388
-    3072 (96): 112 3348, 144 3498, 256 3053
-    4096 (128): 88 3991 / 4593, 144 3794 / 4854, 256 3790 / 4380
-    4480 (140): 160 3958, 176 3992, 256 4307
-    5120 (160): 176 4431 / 5352, 256 5040 / 4829
-    6400 (200): 144 7180 / 6523, 256 5076 / 5655
-    8192 (256): 176 7689, 256 6066
-    fp8, Mixtral:
-    256 (64): 80 364 / 443, 88 371 / 444
-    512 (128): 144 541 / 582, 160 504 / 620, 256 538 / 534
-    1024 (256): 144 854, 256 797
-    4096 (1024): 176 2776, 256 2568
-    fp8, Qwen3:
-    256 (16): 24 183, 88 188
-    512 (32): 48 175, 88 182
-    1024 (64): 80 187, 88 188, 256 223
-    2048 (128): 144 287 / 339, 256 281 / 296
-    4096 (256): 144 481, 256 414
+    T = 16 (mean 0.5): 8 1085, 32 1092, 88 1105
+    128 (4): 8 2536, 32 2536, 88 2572
+    256 (8): 32 2578 / 2285, 88 2590 / 2209
+    512 (16): 32 2597 / 2728, 88 2603 / 2589, 256 2703 / 2667
+    1024 (32): 88 2641 / 2898, 256 2777 / 2951
+    2048 (64): 88 2804 / 3440, 256 2999 / 3429
+    2560 (80): 88 3227 / 3934, 256 3331 / 3885
+    3072 (96): 88 4072, 256 3582
+    5120 (160): 256 5258, pairs of 88 5090
+    fp8, others: Mixtral T = 64 (16): 32 345, 88 352; 256 (64): 88 365 / 427, 256 442 / 436;
+    384 (96): 88 542, 256 531; Qwen3 T = 1024 (64): 88 183, 256 217
     bf16, DeepSeek-V3:
-    256 (8): 16 5100, 128 5128
-    512 (16): 24 5205 / 5558, 64 5215 / 5213, 128 5163 / 5145
-    1024 (32): 48 5283 / 5893, 128 5277 / 5661
-    2048 (64): 80 5409 / 6358, 128 5346 / 6267, 192 5728 / 6992
-    4096 (128): 128 6612 / 7937, 144 5728 / 7970, 160 5771 / 8022, 192 6223 / 8874
-    6400 (200): 144 9433, 192 10157, 224 8236, 256 8690
-    8192 (256): 144 9324, 192 12244, 288 9453
-    16384 (512): 192 18007, 176 19430, 288 20194
-    bf16, Mixtral:
-    256 (64): 72 690, 128 706
-    1024 (256): 144 1146 / 1371, 176 1326 / 1253, 192 1424 / 1324, 288 1100 / 1415
-    4096 (1024): 176 4110, 288 4285, 192 4555
+    T = 64 (2): 8 4304, 32 4319, 128 4331
+    256 (8): 48 5154, 96 5112, 192 5263
+    512 (16): 48 5184 / 5291, 128 5169 / 5072, 192 5304 / 5173
+    1024 (32): 64 5227 / 5740, 128 5233 / 5529, 192 5375 / 5607
+    2048 (64): 96 5662 / 6513, 128 5606 / 6342, 160 5571 / 6387
+    3072 (96): 128 6051, 160 6052, 176 6052, 288 6308
+    4096 (128): 160 6670 / 8396, 176 6445 / 8182
+    5120 (160): 160 8502, 176 7664, 288 8014
+    6144 (192): 160 9407 / 10307, 176 9434 / 10206, 288 8688 / 10299
+    8192 (256): 176 11534, 288 10666
+    16384 (512): 176 20105, 192 20123, 288 19692
+    bf16, others: Mixtral T = 512 (128): 160 805 / 918, 192 833 / 1019, 288 932 / 975; 2048 (512):
+    176 2622, 288 2473; 3072 (768): 176 3629, 288 3633; 4096 (1024): 176 4771, 288 4826; Qwen3
+    T = 8192 (512): 176 1173, 288 1201
     """
+    heights = SM90_TILES[dtype]
     mean = num_tokens * top_k / max(num_experts, 1)
-    fixed = {"float8_e4m3fn": 30}.get(dtype, 40)  # tokens that cost as much
-    alone = {"float8_e4m3fn": 1.19}.get(dtype, 1.0)  # of a block without a partner
-    least, per_token, free = SM90_FLOOR[dtype]
-
-    def expected_steps(height: int) -> list[float]:
-        """Return the probabilities of more than 0, height, 2 * height, ... rows."""
-        ends = range(height, int(mean + 6 * mean**0.5) + 1, height)
-        return [1.0, *(0.5 * math.erfc((row - mean) / (2 * mean) ** 0.5) for row in ends)]
-
-    def cost(height: int) -> float:
-        if _is_rows(dtype, height // 2):
-            one, both = SM90_ROWS_COST
-            steps = expected_steps(SM90_ROWS)
-            return one * sum(steps[::2]) + (both - one) * sum(steps[1::2])
-        pair = height > SM90_MAX_BLOCK_N[dtype]
-        tile = height + 2 * fixed if pair else alone * (height + fixed)
-        floor = least + per_token * max(height - free, 0)
-        return sum(expected_steps(height)) * max(tile, 1.1 * floor if pair else floor)
-
-    heights = sm90_tiles(dtype)
-    most = next((height for height in heights if height >= num_tokens), heights[-1])
-    costs = {height: cost(height) for height in heights if height <= most}
-    return max(h for h in costs if costs[h] <= 1.02 * min(costs.values()))
+    chosen = next(height for most, height in SM90_CHOICES[dtype] if mean <= most)
+    enough = next((height for height in heights if height >= num_tokens), heights[-1])
+    return min(chosen, enough)
 
 
 def copies_rows(

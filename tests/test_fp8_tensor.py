@@ -41,7 +41,7 @@ LLAMA4 = Routing("llama4", num_experts=5, top_k=1, weights_on_input=True)
 SHARED = dataclasses.replace(LLAMA4, num_shared_experts=1)
 SIMPLE = Routing("renormalize", num_experts=6, top_k=2)
 TOLERANCE = "layer fp8_tensor"
-TILES = sorted({*tuning.tiles(tuning.FP8_TENSOR), *tuning.sm90_tiles(tuning.FP8_TENSOR)})
+TILES = sorted({*tuning.tiles(tuning.FP8_TENSOR), *tuning.SM90_TILES[tuning.FP8_TENSOR]})
 
 
 def neighbours(layer):

@@ -263,7 +263,7 @@ HOPPER_PROBLEMS = [
     GroupedGemmProblem(dtype, dtype if gated else "bfloat16", gated, gather, tile)
     for dtype in ("bfloat16", FP8.name)
     for gated, gather in itertools.product((False, True), repeat=2)
-    for tile in tuning.sm90_tiles(dtype)
+    for tile in (*tuning.SM90_TILES[dtype], 72)
 ]
 
 
@@ -306,7 +306,7 @@ class TestHopperGroupedGemm:
     @pytest.mark.parametrize("dtype", ["bfloat16", FP8.name])
     @pytest.mark.parametrize("stages", [1, 2, 3, 5, 6, 7, 13])
     @pytest.mark.parametrize("gated", [False, True])
-    @pytest.mark.parametrize("tile", [32, 176])
+    @pytest.mark.parametrize("tile", [32, 176, 256])
     def test_depths(self, rng, tile, gated, stages, dtype):
         """Odd and even numbers of stages, fewer and more than the ring has; the last one a tail."""
         fp8 = dtype == FP8.name

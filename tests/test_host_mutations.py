@@ -18,13 +18,13 @@ MAX_SEEDS = 12
 
 
 GEMM, SM90, SM90_STORE = "sm80_grouped_gemm.cu", "sm90_grouped.cuh", "sm90_store.cuh"
-SM90_SCALES = "sm90_scales.cuh"
+SM90_SCALES, SM90_COLUMNS = "sm90_scales.cuh", "sm90_columns.cuh"
 FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_grouped_gemm"
 SM90_FP8, SM90_BF16 = f"{FP8}.cu", f"{BF16}.cu"
 EMPTY_WAIT = "ring.wait(smem.empty, ring.phase ^ 1);"
 RELEASE = "in.release(previous, lane);"
 TEAM_MEETS = "\n  meet();"
-GROUP_MEETS = "ptx::named_barrier_sync(2 + group, 128);"
+GROUP_MEETS = "ptx::named_barrier_sync(1 + group, 128);"
 CLUSTER_STARTS = "CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();"
 CLUSTER_ENDS = "if constexpr (CLUSTER > 1) ptx::cluster_sync();"
 DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
@@ -132,7 +132,7 @@ MUTATIONS = {
         SM90, "&staged[g][c]), 4)", "&staged[g][c]), 3)", FP8, case="plain"
     ),
     "sm90: gathered arrivals": Mutation(
-        SM90_FP8, "&landed[s]), kGatherThreads)", "&landed[s]), 32)", case="gated"
+        SM90_SCALES, "&landed[s]), kGatherThreads)", "&landed[s]), 32)", FP8, case="gated"
     ),
     "sm90: announced": Mutation(
         SM90, "                : ptx::mbarrier_wait(announced, ring.phase);", ": (void)0;", FP8,
@@ -160,7 +160,7 @@ MUTATIONS = {
         SM90, "lane % CLUSTER", "0", FP8, case="clusters, plain"
     ),
     "sm90: release before the product": Mutation(
-        SM90_FP8, RELEASE, "", case=DEEP, moved="add(0, false);"
+        SM90_COLUMNS, RELEASE, "", FP8, case=DEEP, moved="add(0, false);"
     ),
     "sm90: cluster starts together": Mutation(
         SM90, CLUSTER_STARTS, "__syncthreads();", FP8, case="clusters, gated"
@@ -193,10 +193,11 @@ MUTATIONS = {
     ),
     "sm90: columns": Mutation(SM90_STORE, "if (column >= p.n) return;", "", FP8, case="plain"),
     "sm90: rows, fp8": Mutation(
-        SM90_FP8, "i < tile.rows * 8", "i < tile.groups() * 64", case="every remainder, gated"
+        SM90_COLUMNS, "i < tile.rows * 8", "i < tile.groups() * 64", FP8,
+        case="every remainder, gated",
     ),
     "sm90: columns, fp8": Mutation(
-        SM90_FP8, "if (column >= p.n) continue;", "", case="gated"
+        SM90_COLUMNS, "if (column >= p.n) continue;", "", FP8, case="gated"
     ),
     "sm90: rows of the blocks": Mutation(
         SM90, "begin += rank * height", "begin += rank * 8", FP8, case=FEW
@@ -230,16 +231,16 @@ MUTATIONS = {
         SM90_STORE, GROUP_MEETS, "", FP8, case="plain, gathered", nth=1
     ),
     # Its products, scales and fp8 rows.
-    "sm90: fence": Mutation(SM90_FP8, "wgmma::fence();", "", case="plain"),
-    "sm90: commit": Mutation(SM90_FP8, "wgmma::commit();", "", case="plain"),
+    "sm90: fence": Mutation(SM90_COLUMNS, "wgmma::fence();", "", FP8, case="plain"),
+    "sm90: commit": Mutation(SM90_COLUMNS, "wgmma::commit();", "", FP8, case="plain"),
     "sm90: wait for the first product": Mutation(
-        SM90_FP8, "wgmma::wait<1>();", "wgmma::wait<2>();", case="plain"
+        SM90_COLUMNS, "wgmma::wait<1>();", "wgmma::wait<2>();", FP8, case="plain"
     ),
     "sm90: wait for the second product": Mutation(
-        SM90_FP8, "wgmma::wait<1>();", "wgmma::wait<2>();", case="plain", nth=1
+        SM90_COLUMNS, "wgmma::wait<1>();", "wgmma::wait<2>();", FP8, case="plain", nth=1
     ),
     "sm90: wait for the last product": Mutation(
-        SM90_FP8, "wgmma::wait<0>();", "wgmma::wait<1>();", case="plain"
+        SM90_COLUMNS, "wgmma::wait<0>();", "wgmma::wait<1>();", FP8, case="plain"
     ),
     "sm90: scales loaded ahead": Mutation(
         SM90_SCALES, "load(step + 4)", "load(step + 3)", FP8, case=DEEP
@@ -254,13 +255,13 @@ MUTATIONS = {
         SM90_SCALES, "weight, 2 * s)", "weight, 0)", FP8, case=DEEP
     ),
     "sm90: scales of the first stage": Mutation(
-        SM90_FP8, "scales[v] = first[v];", "scales[v] = scales[v];", case="plain"
+        SM90_COLUMNS, "scales[v] = first[v];", "scales[v] = scales[v];", FP8, case="plain"
     ),
     "sm90: scales of the next stage": Mutation(
-        SM90_FP8, "if (load) scales[v] = next[v];", "", case="plain"
+        SM90_COLUMNS, "if (load) scales[v] = next[v];", "", FP8, case="plain"
     ),
     "sm90: scales of the stage after a pair": Mutation(
-        SM90_FP8, "add(1, s < STAGES || more);", "add(1, s < STAGES);", case="gated"
+        SM90_COLUMNS, "add(1, s < STAGES || more);", "add(1, s < STAGES);", FP8, case="gated"
     ),
     "sm90: scale rows of gate and up": Mutation(
         SM90_SCALES, "lane % 2 == 0 ? p.first", "lane % 2 == 1 ? p.first", FP8, case="gated"
@@ -269,30 +270,36 @@ MUTATIONS = {
         SM90_SCALES, ", 0) * (GATED ? 1 : 2)", ", 0)", FP8, case="plain"
     ),
     "sm90: weight rows of a group": Mutation(
-        SM90_FP8, "quarter = GATED ? group : part", "quarter = part", case="gated"
+        SM90_COLUMNS, "quarter = GATED ? group : part", "quarter = part", FP8, case="gated"
     ),
     "sm90: scales of gate and up": Mutation(
-        SM90_FP8, "part == 0 ? weight_scale.x", "part == 1 ? weight_scale.x", case="gated"
+        SM90_COLUMNS, "part == 0 ? weight_scale.x", "part == 1 ? weight_scale.x", FP8,
+        case="gated",
     ),
     "sm90: weight scale of the next stage": Mutation(
-        SM90_FP8, "if (GATED && load) weight_scale =", "if (GATED && !load) weight_scale =",
+        SM90_COLUMNS, "if (load) load_weight_scale();", "if (!load) load_weight_scale();", FP8,
         case="gated",
     ),
     "sm90: columns of a team": Mutation(
-        SM90_FP8, "tile.column_tile * 2 + group", "tile.column_tile * 2", case="activated"
+        SM90_COLUMNS, "tile.column_tile * 2 + group", "tile.column_tile * 2", FP8,
+        case="activated",
     ),
     "sm90: scale past the last column": Mutation(
-        SM90_FP8, "if (block * 128 < p.n) {", "{", case="activated"
+        SM90_COLUMNS, "if (block * 128 < p.n) {", "{", FP8, case="activated"
     ),
     "sm90: staging of a team": Mutation(
-        SM90_FP8, "team * (BLOCK_N * kStageRow)", "0", case="activated"
+        SM90_COLUMNS, "to.rows[team] + token * kStageRow + i", "to.rows[0] + token * kStageRow + i",
+        FP8, case="activated",
     ),
     "sm90: largest of a team": Mutation(
-        SM90_FP8, "smem.amax[team * 4 + w]", "smem.amax[w]", case="activated"
+        SM90_COLUMNS, "to.amax[team * 4 + w]", "to.amax[w]", FP8, case="activated"
     ),
-    "sm90: after the largest": Mutation(SM90_FP8, TEAM_MEETS, "", case="gated"),
-    "sm90: after the scale": Mutation(SM90_FP8, TEAM_MEETS, "", case="gated", nth=1),
-    "sm90: after the staging": Mutation(SM90_FP8, TEAM_MEETS, "", case="gated", nth=2),
+    "sm90: columns of the products": Mutation(
+        SM90_COLUMNS, ".z <= kFewer)", ".z <= kFewer + 1)", FP8, case="columns, gated"
+    ),
+    "sm90: after the largest": Mutation(SM90_COLUMNS, TEAM_MEETS, "", FP8, case="gated"),
+    "sm90: after the scale": Mutation(SM90_COLUMNS, TEAM_MEETS, "", FP8, case="gated", nth=1),
+    "sm90: after the staging": Mutation(SM90_COLUMNS, TEAM_MEETS, "", FP8, case="gated", nth=2),
     # What differs in bf16.
     "sm90 bf16: wait for full": Mutation(
         SM90, "ptx::mbarrier_wait(full + 8 * ring.slot, ring.phase);", "", BF16, case="plain"
@@ -312,15 +319,20 @@ MUTATIONS = {
         SM90_BF16, "wgmma::wait<0>();", "wgmma::wait<1>();", case="plain"
     ),
     "sm90 bf16: release before the product": Mutation(
-        SM90_BF16, "if (step > 0) in.release(previous, lane);", "",
+        SM90_BF16, "if (left < steps) in.release(in.ring.previous(), lane);", "",
         case=DEEP, moved="wgmma::wait<1>();",
     ),
-    "sm90 bf16: last release": Mutation(SM90_BF16, RELEASE, "", case=DEEP, nth=1),
+    "sm90 bf16: last release": Mutation(
+        SM90_BF16, "in.release(in.ring.previous(), lane);", "", case=DEEP, nth=1
+    ),
+    "sm90 bf16: columns of the products": Mutation(
+        SM90_BF16, "if (rows <= kFewer)", "if (rows <= kFewer + 1)", case="columns"
+    ),
     "sm90 bf16: rows of gate and up": Mutation(
         SM90_BF16, "GATED ? kHalfBytes : kHalfBytes / 2", "kHalfBytes / 2", case="gated"
     ),
     "sm90 bf16: gate and up": Mutation(
-        SM90_STORE, "activate(x, GATED ? accum[1][i] : x, act)", "activate(accum[1][i], x, act)",
+        SM90_STORE, "activate(x, GATED ? accum[1][i] *", "activate(accum[1][i], GATED ? x *",
         BF16, case="gated",
     ),
     "sm90 bf16: staged for the group": Mutation(SM90_STORE, GROUP_MEETS, "", BF16, case="gated"),
@@ -377,7 +389,7 @@ MUTATIONS = {
         case="fp8 gated",
     ),
     "sm90 tensor: scaled rows": Mutation(
-        SM90_BF16, "accum[1][i] *= scale.y", "accum[1][i] *= 1.0f", case="fp8 plain"
+        SM90_STORE, "accum[part][i] * scale;", "accum[part][i];", BF16, case="fp8 plain"
     ),
     "sm90 tensor: experts without weights": Mutation(
         SM90_BF16, " && tile.expert < p.num_weighted", "", case=WEIGHTED

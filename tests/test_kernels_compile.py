@@ -206,7 +206,7 @@ def epilogue_specs(arch: str) -> Iterator[Shipped]:
             yield Shipped(spec, tuning.smem_bytes(config, problem))
         if arch == tuning.SM90_ARCH:
             one = tuning.sm90_block_heights(dtype)
-            for tile in (one[0], one[-1], tuning.sm90_tiles(dtype)[-1]):
+            for tile in (one[0], one[-1], tuning.SM90_TILES[dtype][-1]):
                 problem = GroupedGemmProblem(dtype, dtype, gated, True, tile, not gated)
                 hopper = tuning.select_sm90_config(problem)
                 spec = gemm_spec(problem, hopper, activation)
@@ -253,28 +253,20 @@ def grouped_gemm_specs(arch: str) -> Iterator[Shipped]:
 
 
 def hopper_specs() -> Iterator[Shipped]:
-    """Yield the Hopper grouped GEMMs at every tile height, and two blocks that share weights.
-
-    What no layer runs (gathered rows without a gate, or gated ones in order) comes at every second
-    height, and at all high ones, where registers are short.
-    """
+    """Yield the Hopper grouped GEMMs at every tile height, and two blocks that share weights."""
     for dtype, gated, gather in itertools.product(
         tuning.SM90_MAX_BLOCK_N, (False, True), (False, True)
     ):
-        heights = tuning.sm90_tiles(dtype)
-        if gated != gather:
-            heights = tuple(h for h in heights if h >= 144 or h in heights[::2])
-        for tile in heights:
+        for tile in tuning.SM90_TILES[dtype]:
             out = dtype if gated else "bfloat16"
             problem = GroupedGemmProblem(dtype, out, gated, gather, tile)
             config = tuning.select_sm90_config(problem)
-            for chosen in (config, replace(config, cluster=2)) if tile == 64 else (config,):
+            for chosen in (config, replace(config, cluster=2)) if tile == 32 else (config,):
                 assert tuning.why_illegal_sm90(chosen, problem) is None
                 spec = kernels_sm90.grouped_gemm_spec(problem, chosen)
                 yield Shipped(spec, tuning.sm90_smem_bytes(chosen, problem))
-    tiles = tuning.sm90_tiles(FP8_TENSOR)
     for gated, weights, tile in itertools.product(
-        (False, True), ("float32", "bfloat16"), (*tiles[::4], 192, tiles[-1])
+        (False, True), ("float32", "bfloat16"), tuning.SM90_TILES[FP8_TENSOR]
     ):
         problem = GroupedGemmProblem(FP8_TENSOR, FP8_TENSOR, gated, True, tile, not gated, weights)
         config = tuning.select_sm90_config(problem)

@@ -46,6 +46,12 @@ __device__ __forceinline__ float opaque(float value) {
   return value;
 }
 
+/// Likewise: what is computed from it in a loop is not computed before and kept.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 /// Copies 16 bytes to shared memory past L1; the bytes from `src_bytes` on become zero
 /// (PTX ISA, "cp.async"). The source is not read when `src_bytes` is 0.
 __device__ __forceinline__ void cp_async_cg_16(uint32_t smem, const void* gmem, int src_bytes) {

@@ -5,39 +5,25 @@
 //
 // Layout, roles and barriers: sm90_grouped.cuh; warp 3 hands on the scales of a stage. Here tokens are the
 // 64 rows of the wgmma and 128 columns its n: fewer bytes of shared memory for a product, and two
-// scales a thread instead of one for each column, but an expert pays for tokens in steps of 64. A
-// block has 128 tokens, 64 a consumer, and 256 weight rows in two parts. While one consumer adds a
-// product, which is summed over 128 of k, times its scales in fp32, the other's runs.
+// scales a thread instead of one for each column, but tokens come in steps of 64. A block has 128
+// tokens, 64 a consumer, and 256 weight rows in two parts. While one consumer adds a product, which
+// is summed over 128 of k, times its scales in fp32, the other's runs. A tile of which a block gets up
+// to 88 tokens is multiplied as in sm90_fp8_grouped_gemm, with tokens as columns.
 //
 // From -D   those of sm90_grouped.cuh; ACTIVATED writes fp8 with 1 x 128 scales, else bf16
 #define WHOLE_BLOCKS 1
-#include "sm90_grouped.cuh"
-#include "sm90_scales.cuh"
-#include "sm90_store.cuh"
+#include "sm90_columns.cuh"
 
 using namespace cumoe;
 
-constexpr int kStageRow = 128 + 16;  // bytes; padded so that neighbouring tokens lie in other banks
 constexpr int kTokens = BLOCK_N / kConsumers;  // of a consumer
-constexpr int kGatherThreads = 2 * kWarpSize;
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
 static_assert(BLOCK_N == 128, "m of the wgmma, twice");
 static_assert(!ACTIVATED || kTokens * kStageRow <= NUM_CHUNKS * kChunkBytes, "staging");
-
-struct Smem : Shared {
-  float scale[NUM_STAGES][BLOCK_N];  // of the tokens
-  float2 weight_scale[NUM_STAGES];   // of the two halves
-  uint64_t landed[NUM_STAGES];       // gathered tokens, of which warp 3 tells the consumers
-
-  __device__ __forceinline__ void init(int arrivals, int helpers) {
-    Shared::init(arrivals, helpers);
-    for (int s = 0; s < NUM_STAGES; ++s) {
-      ptx::mbarrier_init(ptx::smem_address(&landed[s]), kGatherThreads);
-    }
-    ptx::fence_mbarrier_init();
-  }
-};
+static_assert(!ACTIVATED ||
+                  sizeof(Requantised::amax) + kTokens * kStageRow <= NUM_CHUNKS * kChunkBytes,
+              "maxima of columns are not in the way of rows that are still staged");
 
 using Sums = float[2][64];  // of two parts of 128 columns
 
@@ -133,7 +119,10 @@ __device__ __forceinline__ void write_chunks(const Params& p, Smem& smem, const 
   Ring<NUM_CHUNKS> ring;
   for (Items<> items(smem, work, lane); items.left(); items.next()) {
     const Tile tile(p, items.item, work.rank);
-    if (tile.rows <= group * kTokens) continue;
+    if (tile.has_columns()) {
+      write_tile(p, smem, tile, ring, group, lane);
+      continue;
+    }
     for (int c = 0; c < 4; ++c, ring.advance()) {
       ring.wait(smem.staged[group], ring.phase);
       write_chunk(p, tile, smem.chunks[group][ring.slot], group * kTokens,
@@ -153,21 +142,17 @@ __device__ __forceinline__ void add(float (&sum)[64], const float (&product)[64]
 /// Warpgroups 1 and 2: products, promotion and epilogue.
 __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work& work, int thread) {
   const int lane = thread % kWarpSize, group = __shfl_sync(kFullMask, thread / 128, 0);
-  const int row = thread / kWarpSize * 16 + lane / 4;  // of the block's tokens
   Stages in(smem, lane);
   Ring<NUM_CHUNKS> chunks;
   for (Items<> items(smem, work, lane); items.left(); items.next()) {
     in.wait();
+    if (in.skip(smem, lane)) continue;
     const Tile tile(smem.tiles[in.ring.slot]);
-    if (tile.rows <= group * kTokens) {  // nothing here to multiply
-      const int stages = tile.stages(work.steps);
-      for (int step = 0; step < stages; ++step) {
-        in.wait();
-        in.release(in.ring.slot, lane);
-        in.ring.advance();
-      }
+    if (tile.has_columns()) {
+      consume_columns<kColumns>(p, smem, work.steps, in, chunks, group, thread);
       continue;
     }
+    const int row = ptx::opaque(thread) / kWarpSize * 16 + lane / 4;  // of the block's tokens
     Sums sum;
     float product[64];
 #pragma unroll
@@ -177,7 +162,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
       in.wait();
       const int slot = in.ring.slot;
       const uint32_t tokens = in.stage() + 2 * kHalfBytes + group * (kTokens * 128);
-      const float first = smem.scale[slot][row], second = smem.scale[slot][row + 8];
+      const float first = smem.scale[slot][0][row], second = smem.scale[slot][0][row + 8];
       const float2 weight = smem.weight_scale[slot];
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
@@ -194,9 +179,9 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
       in.ring.advance();
     }
     if constexpr (ACTIVATED) {
-      store_activated(p, smem, tile, sum, group, thread % 128);
+      store_activated(p, smem, tile, sum, group, ptx::opaque(thread) % 128);
     } else {
-      store_rounded(p, smem, tile, sum, chunks, group, thread % 128);
+      store_rounded(p, smem, tile, sum, chunks, group, ptx::opaque(thread) % 128);
     }
   }
 }
@@ -213,9 +198,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     if (warp == 0) {
       if (lane == 0) load_by_tma(p, smem, work);
     } else if (warp == 3) {
-      load_scales(p, smem, work, lane, [&](int slot, int token, float scale, float2) {
-        smem.scale[slot][token] = scale;
-      });
+      load_scales(p, smem, work, lane);
     } else if constexpr (GATHER) {
       gather_tokens<kGatherThreads>(p, smem, smem.landed, work, threadIdx.x - kWarpSize);
     } else if constexpr (!ACTIVATED) {

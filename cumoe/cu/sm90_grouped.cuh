@@ -1,8 +1,9 @@
 // What the Hopper grouped GEMMs share: work items, the ring of stages, loaders and bf16 stores.
 //
 // A tile has 256 weight rows in two halves of 128 (gate and up with GATED, else two neighbouring blocks)
-// and up to BLOCK_N tokens, which are the n of the wgmma, in steps of eight: no expert pays for rows it
-// does not have. An expert's tokens are split evenly over its tiles. A stage is 128 bytes of k.
+// and up to BLOCK_N tokens, which are the n of the wgmma; products are over the next larger of a few n:
+// an expert hardly pays for rows it does not have. Its tokens are split evenly over its tiles. A
+// stage is 128 bytes of k.
 //
 // Grid      persistent clusters; each takes the next of the (row tile, weight tile) items, expert by expert,
 //           from a queue in device memory: so those with the same weights run at the same time, and
@@ -71,6 +72,8 @@ constexpr int kHalfBytes = 128 * 128;
 constexpr int kStageBytes = 2 * kHalfBytes + BLOCK_N * 128;
 constexpr int kBoxRows = BLOCK_N > 64 && BLOCK_N % 16 == 0 ? BLOCK_N / 2 : BLOCK_N;
 constexpr bool kWriters = !GATHER;  // warps 1 and 2 write finished rows
+// Most tokens that are columns of products; with WHOLE_BLOCKS more of them are rows.
+constexpr int kColumns = WHOLE_BLOCKS ? 88 : BLOCK_N;
 constexpr int kChunkTokens = WHOLE_BLOCKS ? 64 : 32, kChunkBytes = kChunkTokens * 128;
 
 static_assert(ACTIVATED || !GATED, "gate and up come together in the activation");
@@ -135,6 +138,9 @@ struct Tile {
   __device__ __forceinline__ explicit Tile(int4 v)
       : expert(v.x), row0(v.y), rows(v.z), column_tile(v.w) {}
 
+  /// Whether tokens are the columns of the products, not their rows.
+  __device__ __forceinline__ bool has_columns() const { return !WHOLE_BLOCKS || rows <= kColumns; }
+
   __device__ __forceinline__ int groups() const { return ceil_div(rows, 8); }
 
   /// Stages of this tile, of `steps` of k.
@@ -148,8 +154,8 @@ struct Tile {
   __device__ __forceinline__ void take_rows(int rest, int rank, int& begin) {
     shares = CLUSTER > 1 && rest > BLOCK_N;
     if (CLUSTER == 1 || shares) {
-      constexpr int kStep = WHOLE_BLOCKS ? 64 : 8;
-      const int height = ceil_div(ceil_div(rest, CLUSTER), kStep) * kStep;
+      const int step = WHOLE_BLOCKS && rest > CLUSTER * kColumns ? 64 : 8;
+      const int height = ceil_div(ceil_div(rest, CLUSTER), step) * step;
       begin += rank * height;
       rows = min(rest - rank * height, height);
     } else {
@@ -168,6 +174,7 @@ struct Work {
     count = *p.num_tiles * p.num_column_tiles;
     rank = CLUSTER > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
   }
+  __device__ __forceinline__ int or_none(int item) const { return item < count ? item : -1; }
 };
 
 /// Prepares a block of which the shared memory is a SMEM, for `init`, and waits for the launches before.
@@ -193,6 +200,7 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++slot == SIZE) slot = 0, phase ^= 1;
   }
+  __device__ __forceinline__ int previous() const { return slot == 0 ? SIZE - 1 : slot - 1; }
   __device__ __forceinline__ void wait(const uint64_t (&barriers)[SIZE], int parity) const {
     ptx::mbarrier_wait(ptx::smem_address(&barriers[slot]), parity);
   }
@@ -203,14 +211,14 @@ using StageRing = Ring<NUM_STAGES>;
 template <bool ALONE = false>
 struct Items {
   Shared& smem;
-  const int count, lane;
-  int item;
+  const int lane;
+  int item;  // -1 past the last
   Ring<2> ring;
 
   __device__ __forceinline__ Items(Shared& smem_, const Work& work, int lane_)
-      : smem(smem_), count(work.count), lane(lane_), item(work.first) {}
+      : smem(smem_), lane(lane_), item(work.or_none(work.first)) {}
 
-  __device__ __forceinline__ bool left() const { return item < count; }
+  __device__ __forceinline__ bool left() const { return item >= 0; }
 
   __device__ __forceinline__ void next() {
     const uint32_t announced = ptx::smem_address(&smem.announced[ring.slot]);
@@ -290,7 +298,7 @@ __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const
                          tile.row0 + box * kBoxRows);
       }
       if (step == 0 && work.rank == 0) {
-        announce(smem, queue, next);
+        announce(smem, queue, work.or_none(next));
         next = clusters + atomicAdd(p.queue, 1);
       }
     }

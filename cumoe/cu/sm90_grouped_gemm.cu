@@ -23,7 +23,7 @@ constexpr bool kFp8 = TYPE == kE4m3Tensor, kFp8Rows = kFp8 && ACTIVATED,
                kWeighted = WEIGHTS_TYPE != kNoType;
 constexpr int kRowElemBytes = kFp8Rows ? 1 : 2;
 
-static_assert(BLOCK_N % 8 == 0 && BLOCK_N >= 8 && BLOCK_N <= 192, "n of the wgmma, in registers");
+static_assert(BLOCK_N % 8 == 0 && BLOCK_N >= 8 && BLOCK_N <= 176, "n of the wgmma, in registers");
 static_assert(TYPE == kBf16 || TYPE == kE4m3Tensor, "operands without scales of blocks");
 static_assert(!kWeighted || (kFp8Rows && GATHER), "a token's weight comes before the activation");
 
@@ -94,63 +94,71 @@ __device__ __forceinline__ void store_e4m3(const Params& p, Shared& smem, const 
       if constexpr (kWriters) {
         arrive_warp(smem.staged[group][ring.slot], lane);
       } else {
-        ptx::named_barrier_sync(2 + group, 128);
+        ptx::named_barrier_sync(1 + group, 128);
         copy_chunk<kRowElemBytes>(p, tile, chunk, token0, first_column(tile, part, group),
                                   thread % 128, 128);
-        ptx::named_barrier_sync(2 + group, 128);
+        ptx::named_barrier_sync(1 + group, 128);
       }
       ring.advance();
     }
   }
 }
 
+/// Adds the products of a tile of `rows` tokens, over N or fewer columns. The last stage is not released.
+template <int N>
+__device__ __forceinline__ void sum_products(float (&accum)[2][BLOCK_N / 2], Stages& in, int steps,
+                                             int rows, int group, int lane) {
+  constexpr int kFewer = N > 64 ? (N - 1) / 16 * 16 : N > 32 ? 32 : 0;
+  if constexpr (kFewer > 0) {
+    if (rows <= kFewer) return sum_products<kFewer>(accum, in, steps, rows, group, lane);
+  }
+  // Parts: the same rows of gate and up with GATED, else all rows of one half.
+  const int group_bytes = GATED ? kHalfBytes / 2 : kHalfBytes;
+  const int part_bytes = GATED ? kHalfBytes : kHalfBytes / 2;
+#pragma unroll 1
+  for (int left = steps; left > 0; --left) {
+    in.wait();
+    if constexpr (GATHER) ptx::fence_proxy_async();
+    const uint32_t weights = in.stage() + group * group_bytes;
+    const uint32_t tokens = wgmma::descriptor(in.stage() + 2 * kHalfBytes);
+    wgmma::fence();
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const uint32_t rows = wgmma::descriptor(weights + part * part_bytes);
+      float (&sums)[N / 2] = reinterpret_cast<float (&)[N / 2]>(accum[part]);
+      if constexpr (kFp8) {
+        wgmma::mma_e4m3<N>(sums, rows, tokens, true);
+      } else {
+        wgmma::mma_bf16<N>(sums, rows, tokens, true);
+      }
+    }
+    wgmma::commit();
+    wgmma::wait<1>();
+    if (left < steps) in.release(in.ring.previous(), lane);
+    in.ring.advance();
+  }
+  wgmma::wait<0>();
+}
+
 /// Warpgroups 1 and 2: products and epilogue.
 __device__ __forceinline__ void consume(const Params& p, Shared& smem, const Work& work,
                                         int thread) {
   const int lane = thread % kWarpSize, group = __shfl_sync(kFullMask, thread / 128, 0);
-  // Parts: the same rows of gate and up with GATED, else all rows of one half.
-  const int group_bytes = GATED ? kHalfBytes / 2 : kHalfBytes;
-  const int part_bytes = GATED ? kHalfBytes : kHalfBytes / 2;
   Stages in(smem, lane);
   Ring<NUM_CHUNKS> chunks;
   for (Items<> items(smem, work, lane); items.left(); items.next()) {
     in.wait();
     if (in.skip(smem, lane)) continue;
     float accum[2][BLOCK_N / 2] = {};
-    int previous = 0;
-    for (int step = 0; step < work.steps; ++step) {
-      in.wait();
-      if constexpr (GATHER) ptx::fence_proxy_async();
-      const uint32_t weights = in.stage() + group * group_bytes;
-      const uint32_t tokens = wgmma::descriptor(in.stage() + 2 * kHalfBytes);
-      wgmma::fence();
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const uint32_t rows = wgmma::descriptor(weights + part * part_bytes);
-        if constexpr (kFp8) {
-          wgmma::mma_e4m3<BLOCK_N>(accum[part], rows, tokens, true);
-        } else {
-          wgmma::mma_bf16<BLOCK_N>(accum[part], rows, tokens, true);
-        }
-      }
-      wgmma::commit();
-      wgmma::wait<1>();
-      if (step > 0) in.release(previous, lane);
-      previous = in.ring.slot;
-      in.ring.advance();
-    }
-    const Tile tile(smem.tiles[previous]);
-    wgmma::wait<0>();
-    in.release(previous, lane);
+    const int rows = smem.tiles[in.ring.slot].z;
+    sum_products<BLOCK_N>(accum, in, work.steps, rows, group, lane);
+    const Tile tile(smem.tiles[in.ring.previous()]);
+    in.release(in.ring.previous(), lane);
     if constexpr (kFp8Rows) {
-      store_e4m3(p, smem, tile, accum, chunks, group, thread);
+      store_e4m3(p, smem, tile, accum, chunks, group, ptx::opaque(thread));
     } else {
-      if constexpr (kFp8) {
-        const float2 scale = scale_of_parts(p, tile.expert);
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; ++i) accum[0][i] *= scale.x, accum[1][i] *= scale.y;
-      }
-      store_bf16(p, smem, tile, accum, chunks, group, thread);
+      const float scale = kFp8 ? scale_of_parts(p, tile.expert).x : 1.0f;
+      store_bf16(p, smem, tile, accum, chunks, group, ptx::opaque(thread), scale);
     }
   }
 }

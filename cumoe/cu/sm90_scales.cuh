@@ -5,6 +5,31 @@
 
 namespace cumoe {
 
+constexpr int kGatherThreads = 2 * kWarpSize;
+// Scales of a stage's tokens as columns: [column % 8 / 2][column / 8][column % 2], four rows in other banks.
+constexpr int kScaleRow = (ceil_div(kColumns, 16) | 1) * 4;  // floats
+constexpr bool kWeightScalesApart =
+    GATED || WHOLE_BLOCKS;  // else there are tokens' times each half's
+constexpr int kScaleSets = kWeightScalesApart ? 1 : 2;
+constexpr int kScaleFloats = WHOLE_BLOCKS ? BLOCK_N : 4 * kScaleRow;
+
+static_assert(4 * kScaleRow <= kScaleFloats, "either order of the scales");
+
+struct Smem : Shared {
+  float scale[NUM_STAGES][kScaleSets][kScaleFloats];  // of the tokens
+  float2 weight_scale[NUM_STAGES];                    // of the two halves
+  uint64_t
+      landed[NUM_STAGES];  // gathered tokens, of which the warp of the scales tells the consumers
+
+  __device__ __forceinline__ void init(int arrivals, int helpers) {
+    Shared::init(arrivals, helpers);
+    for (int s = 0; s < NUM_STAGES; ++s) {
+      ptx::mbarrier_init(ptx::smem_address(&landed[s]), kGatherThreads);
+    }
+    ptx::fence_mbarrier_init();
+  }
+};
+
 /// Loads four scales, `stride` apart, of which those from `left` on are zeros; with `vectors` as one.
 __device__ __forceinline__ float4 load_four_scales(const float* from, int64_t stride, int left,
                                                    bool vectors) {
@@ -15,12 +40,22 @@ __device__ __forceinline__ float4 load_four_scales(const float* from, int64_t st
   return make_float4(four[0], four[1], four[2], four[3]);
 }
 
-/// One warp: `put(slot, token, scale, weights)` for each token of every stage, where `weights` are the
-/// scales of the two weight halves; then gathered tokens are announced, too. Four stages are loaded at
+/// Leaves the scale of a token, which is a column, in a stage; `weights` are those of the two halves.
+__device__ __forceinline__ void put_column_scale(Smem& smem, int slot, int token, float scale,
+                                                 float2 weights) {
+  if (token >= kColumns) return;
+  const int at = token % 8 / 2 * kScaleRow + token / 8 * 2 + token % 2;
+#pragma unroll
+  for (int h = 0; h < kScaleSets; ++h) {
+    const float weight = kWeightScalesApart ? 1.0f : h == 0 ? weights.x : weights.y;
+    smem.scale[slot][h][at] = scale * weight;
+  }
+}
+
+/// One warp: the scales of every stage; then gathered tokens are announced, too. Four stages are loaded at
 /// once: a load of one float in each of 32 rows keeps the operands of wgmma waiting as long as of four.
-template <typename SMEM, typename Put>
-__device__ __forceinline__ void load_scales(const Params& p, SMEM& smem, const Work& work, int lane,
-                                            const Put& put) {
+__device__ __forceinline__ void load_scales(const Params& p, Smem& smem, const Work& work,
+                                            int lane) {
   constexpr int kPerLane = ceil_div(BLOCK_N, kWarpSize);
   const bool vectors = p.a_scale_block_stride == 1 && p.a_scale_row_stride % 4 == 0 &&
                        reinterpret_cast<uint64_t>(p.a_scale) % 16 == 0;
@@ -64,7 +99,12 @@ __device__ __forceinline__ void load_scales(const Params& p, SMEM& smem, const W
         ring.wait(smem.empty, ring.phase ^ 1);
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
-          put(ring.slot, lane + i * kWarpSize, at(scales[i]), weights);
+          const int token = lane + i * kWarpSize;
+          if (tile.has_columns()) {
+            put_column_scale(smem, ring.slot, token, at(scales[i]), weights);
+          } else {
+            smem.scale[ring.slot][0][token] = at(scales[i]);
+          }
         }
         if (lane == 0) smem.weight_scale[ring.slot] = weights;
         if (s == 3) load(step + 4);

@@ -64,35 +64,36 @@ __device__ __forceinline__ int first_column(const Tile& tile, int part, int grou
                : tile.column_tile * 256 + group * 128 + part * 64;
 }
 
-/// A warpgroup rounds its rows to bf16 and hands them over in chunks: with GATED the activation of its
-/// two parts, else both parts.
+/// A warpgroup rounds its rows, times a scale, to bf16 and hands them over in chunks: with GATED the
+/// activation of its two parts, else both parts.
+template <int N>
 __device__ __forceinline__ void store_bf16(const Params& p, Shared& smem, const Tile& tile,
-                                           const float (&accum)[2][BLOCK_N / 2],
-                                           Ring<NUM_CHUNKS>& ring, int group, int thread) {
+                                           const float (&accum)[2][N], Ring<NUM_CHUNKS>& ring,
+                                           int group, int thread, float scale = 1.0f) {
   const int lane = thread % kWarpSize, warp = thread / kWarpSize % 4;
   const ActivationValues act =
       ACTIVATED ? activation_of(p.activation, tile.expert) : ActivationValues{};
   const auto value = [&](int part, int i) {
-    const float x = accum[part][i];
-    return ACTIVATED ? activate(x, GATED ? accum[1][i] : x, act) : x;
+    const float x = accum[part][i] * scale;
+    return ACTIVATED ? activate(x, GATED ? accum[1][i] * scale : x, act) : x;
   };
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-    for (int token0 = 0; token0 < BLOCK_N; token0 += kChunkTokens) {
+    for (int token0 = 0; token0 < 2 * N; token0 += kChunkTokens) {
       if (token0 >= tile.rows) break;
       uint8_t* chunk = smem.chunks[group][ring.slot];
       if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);
 #pragma unroll
       for (int j = 0; j < kChunkTokens / 8; j += 2) {
-        if (token0 + 8 * j >= BLOCK_N) break;
+        if (token0 + 8 * j >= 2 * N) break;
         // Matrices: rows 0-7 and 8-15 of eight tokens, then of the next eight.
         const int token = 8 * (j + lane / 16) + lane % 8, piece = warp * 2 + lane / 8 % 2;
         uint32_t r[4] = {};
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           const int at = 4 * (token0 / 8 + j + m / 2) + 2 * (m % 2);
-          if (at + 1 < BLOCK_N / 2) {
+          if (at + 1 < N) {
             r[m] = ptx::cvt_bf16x2_f32(value(part, at), value(part, at + 1));
           }
         }
@@ -103,11 +104,25 @@ __device__ __forceinline__ void store_bf16(const Params& p, Shared& smem, const 
         ptx::fence_proxy_async();
         arrive_warp(smem.staged[group][ring.slot], lane);
       } else {
-        ptx::named_barrier_sync(2 + group, 128);
+        ptx::named_barrier_sync(1 + group, 128);
         copy_chunk(p, tile, chunk, token0, first_column(tile, part, group), thread % 128, 128);
-        ptx::named_barrier_sync(2 + group, 128);
+        ptx::named_barrier_sync(1 + group, 128);
       }
       ring.advance();
+    }
+  }
+}
+
+/// One warp writes what consumer `group` hands over of a tile.
+template <int ELEM_BYTES = 2>
+__device__ __forceinline__ void write_tile(const Params& p, Shared& smem, const Tile& tile,
+                                           Ring<NUM_CHUNKS>& ring, int group, int lane) {
+  for (int part = 0; part < kParts; ++part) {
+    for (int token0 = 0; token0 < tile.rows; token0 += kChunkTokens, ring.advance()) {
+      ring.wait(smem.staged[group], ring.phase);
+      write_chunk<ELEM_BYTES>(p, tile, smem.chunks[group][ring.slot], token0,
+                              first_column(tile, part, group), lane);
+      arrive_warp(smem.drained[group][ring.slot], lane);
     }
   }
 }
@@ -118,15 +133,7 @@ __device__ __forceinline__ void write_rows(const Params& p, Shared& smem, const 
                                            int group, int lane) {
   Ring<NUM_CHUNKS> ring;
   for (Items<> items(smem, work, lane); items.left(); items.next()) {
-    const Tile tile(p, items.item, work.rank);
-    for (int part = 0; part < kParts; ++part) {
-      for (int token0 = 0; token0 < tile.rows; token0 += kChunkTokens, ring.advance()) {
-        ring.wait(smem.staged[group], ring.phase);
-        write_chunk<ELEM_BYTES>(p, tile, smem.chunks[group][ring.slot], token0,
-                                first_column(tile, part, group), lane);
-        arrive_warp(smem.drained[group][ring.slot], lane);
-      }
-    }
+    write_tile<ELEM_BYTES>(p, smem, Tile(p, items.item, work.rank), ring, group, lane);
   }
 }
 

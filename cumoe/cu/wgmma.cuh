@@ -74,8 +74,6 @@ __device__ __forceinline__ void mma_bf16(float (&d)[N / 2], uint32_t w, uint32_t
 #define CUMOE_F160 CUMOE_F152, CUMOE_F4(76)
 #define CUMOE_F168 CUMOE_F160, CUMOE_F4(80)
 #define CUMOE_F176 CUMOE_F168, CUMOE_F4(84)
-#define CUMOE_F184 CUMOE_F176, CUMOE_F4(88)
-#define CUMOE_F192 CUMOE_F184, CUMOE_F4(92)
 #define CUMOE_R8 "%0, %1, %2, %3"
 #define CUMOE_R16 CUMOE_R8 ", %4, %5, %6, %7"
 #define CUMOE_R24 CUMOE_R16 ", %8, %9, %10, %11"
@@ -98,8 +96,6 @@ __device__ __forceinline__ void mma_bf16(float (&d)[N / 2], uint32_t w, uint32_t
 #define CUMOE_R160 CUMOE_R152 ", %76, %77, %78, %79"
 #define CUMOE_R168 CUMOE_R160 ", %80, %81, %82, %83"
 #define CUMOE_R176 CUMOE_R168 ", %84, %85, %86, %87"
-#define CUMOE_R184 CUMOE_R176 ", %88, %89, %90, %91"
-#define CUMOE_R192 CUMOE_R184 ", %92, %93, %94, %95"
 
 // One instruction; W and A are the operand numbers of the descriptors, which advance by 32 bytes a step.
 #define CUMOE_MMA(N, TYPE, W, A, STEP, ACCUMULATE, MODES)                                           \
@@ -145,8 +141,6 @@ CUMOE_E4M3(152, 76, 77, 78)
 CUMOE_E4M3(160, 80, 81, 82)
 CUMOE_E4M3(168, 84, 85, 86)
 CUMOE_E4M3(176, 88, 89, 90)
-CUMOE_E4M3(184, 92, 93, 94)
-CUMOE_E4M3(192, 96, 97, 98)
 CUMOE_BF16(8, 4, 5, 6)
 CUMOE_BF16(16, 8, 9, 10)
 CUMOE_BF16(24, 12, 13, 14)
@@ -169,8 +163,6 @@ CUMOE_BF16(152, 76, 77, 78)
 CUMOE_BF16(160, 80, 81, 82)
 CUMOE_BF16(168, 84, 85, 86)
 CUMOE_BF16(176, 88, 89, 90)
-CUMOE_BF16(184, 92, 93, 94)
-CUMOE_BF16(192, 96, 97, 98)
 // clang-format on
 
 #undef CUMOE_F4

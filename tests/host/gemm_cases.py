@@ -187,7 +187,8 @@ def gemm90(
         sizes |= {"counts": counts, "tokens": sum(counts), "experts": len(counts), "top_k": 1}
     gemm = _Gemm(dtype, dtype if activated else BF16, **sizes)
     block_n = block_n or gemm.tile // cluster
-    fewest = -(-block_n * 144 // (8192 if gated else 4096)) if gemm.out_dtype == FP8 else 1
+    staged = (144 + 16) * (1 if gated else 2) + 32  # bytes a token
+    fewest = -(-block_n * staged // 8192) if gemm.out_dtype == FP8 else 1
     stages = num_stages or SM90_MIN_STAGES[dtype]
     chosen = Sm90Config(block_n, stages, num_chunks or fewest, cluster)
     reason = why_illegal_sm90(chosen, gemm.problem)
@@ -321,6 +322,10 @@ GEMM90_FP8_CASES = [
         "gated, tile 88",
         gemm90(FP8, k=128, n=80, tile=88, order="gate_up", tokens=70, experts=2, num_chunks=3),
     ),
+    Case(
+        "columns, gated",
+        gemm90(FP8, k=144, n=80, tile=88, order="up_gate", counts=(32, 33, 64, 65, 88)),
+    ),
     Case("plain, tile 80", gemm90(FP8, k=144, n=136, tile=80, tokens=60, experts=2)),
     Case(
         "one token",
@@ -405,7 +410,10 @@ GEMM90_CASES = [
         "gated, tile 112",
         gemm90(BF16, k=64, n=80, tile=112, order="gate_up", tokens=70, experts=2),
     ),
-    Case("plain, tile 192", gemm90(BF16, k=72, n=136, tile=192, tokens=140, experts=2)),
+    Case("plain, tile 176", gemm90(BF16, k=72, n=136, tile=176, tokens=140, experts=2)),
+    Case(
+        "columns", gemm90(BF16, k=72, n=40, tile=128, counts=(32, 33, 64, 65, 80, 81, 112, 113))
+    ),
     Case(
         "one token",
         gemm90(BF16, k=64, n=128, tile=8, order="gate_up", tokens=1, top_k=1, experts=1),
@@ -493,5 +501,5 @@ GEMM90_CASES = [
             activation=Activation("silu"), num_chunks=2,
         ),
     ),
-    Case("fp8 plain, tile 192", gemm90(TENSOR, k=144, n=136, tile=192, tokens=140, experts=2)),
+    Case("fp8 plain, tile 176", gemm90(TENSOR, k=144, n=136, tile=176, tokens=140, experts=2)),
 ]  # fmt: skip

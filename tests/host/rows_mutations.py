@@ -7,6 +7,7 @@ from tests.host.mutations import Mutation
 KERNEL = "sm90_fp8_rows_grouped_gemm"
 ROWS = f"{KERNEL}.cu"
 COMMON, SCALES = "sm90_grouped.cuh", "sm90_scales.cuh"
+COLUMNS = "sm90_columns.cuh"
 DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
 MEETS = "ptx::named_barrier_sync(1 + group, 128);"
 
@@ -30,15 +31,12 @@ ROWS_MUTATIONS = {
         "release before the product": Mutation(
             ROWS, "if (part == 1) in.release", "if (part == 0) in.release", case=DEEP
         ),
-        "release where there is nothing": Mutation(
-            ROWS, "in.release(in.ring.slot, lane);", "", case=DEEP
-        ),
         "tokens of a consumer": Mutation(
             ROWS, "+ group * (kTokens * 128)", "+ group * (kTokens * 64)", case="shares"
         ),
         "half of the weights": Mutation(ROWS, "part * kHalfBytes", "0", case="plain"),
         "scale of the second token": Mutation(
-            ROWS, "smem.scale[slot][row + 8]", "smem.scale[slot][row]", case="plain"
+            ROWS, "smem.scale[slot][0][row + 8]", "smem.scale[slot][0][row]", case="plain"
         ),
         "scales of two tokens": Mutation(
             ROWS, "i % 4 < 2 ? first : second", "i % 2 < 1 ? first : second", case="plain"
@@ -71,9 +69,6 @@ ROWS_MUTATIONS = {
             ROWS, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
             case=DEEP,
         ),
-        "writer without rows": Mutation(
-            ROWS, "if (tile.rows <= group * kTokens) continue;", "", case="shares"
-        ),
         "rows of the blocks": Mutation(
             COMMON, "begin += rank * height", "begin += rank * 64", KERNEL, case="clusters, plain"
         ),
@@ -89,8 +84,25 @@ ROWS_MUTATIONS = {
             COMMON, "column_tile < 0 ? 1 : steps", "column_tile < 0 ? 0 : steps", KERNEL,
             case="clusters, few rows, gated",
         ),
-        "whole blocks": Mutation(
-            ROWS, "#define WHOLE_BLOCKS 1", "#define WHOLE_BLOCKS 0", case="shares"
+        "columns: most": Mutation(
+            COMMON, "rows <= kColumns; }", "rows <= kColumns + 1; }", KERNEL, case="shares"
+        ),
+        "columns: weight scale of a group": Mutation(
+            COLUMNS, "group == 0 ? weight_scale.x", "group == 1 ? weight_scale.x", KERNEL,
+            case="clusters, columns",
+        ),
+        "columns: scales": Mutation(
+            SCALES, "if (tile.has_columns()) {", "if (false) {", KERNEL, case="shares"
+        ),
+        "columns: written": Mutation(
+            ROWS, "if (tile.has_columns()) {", "if (false) {", case="clusters, columns"
+        ),
+        "columns: release": Mutation(
+            COLUMNS, "in.release(in.ring.previous(), lane);", "", KERNEL, case=DEEP
+        ),
+        "columns: before the next staging": Mutation(
+            COLUMNS, "if constexpr (WHOLE_BLOCKS) meet();", "", KERNEL,
+            case="columns and rows by turns",
         ),
     }.items()
 }  # fmt: skip

@@ -238,8 +238,10 @@ bool stuck(const Block* b) {
   // Enough looks that each word of an address was read since anything happened; a loop that only
   // sleeps may also count its rounds.
   constexpr unsigned kLooks = 8, kSleeps = 100000;
-  if (!b->bulks.empty() || !b->stores.empty() || !b->words.empty() || b->copy_arrivals)
-    return false;
+  if (!b->bulks.empty() || !b->words.empty() || b->copy_arrivals) return false;
+  for (const BulkStore& s : b->stores) {
+    if (s.state != BulkStore::kWritten) return false;
+  }
   for (unsigned i : b->runnable) {
     const FullThread& t = b->threads[i];
     if (!t.polling || t.polled_since != run.progress) return false;

@@ -26,6 +26,7 @@ inline T* opaque(T* pointer) {
   return pointer;
 }
 inline float opaque(float value) { return value; }
+inline int opaque(int value) { return value; }
 
 inline void cp_async_cg_16(uint32_t smem, const void* gmem, int src_bytes, CUMOE_SITE) {
   if (src_bytes < 0 || src_bytes > 16) cumoe_host::fail(site, "cp.async of %d bytes", src_bytes);
