@@ -124,12 +124,12 @@ __device__ __forceinline__ void sum_products(float (&accum)[2][BLOCK_N / 2], Sta
     wgmma::fence();
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      const uint32_t rows = wgmma::descriptor(weights + part * part_bytes);
+      const uint32_t of_part = wgmma::descriptor(weights + part * part_bytes);
       float (&sums)[N / 2] = reinterpret_cast<float (&)[N / 2]>(accum[part]);
       if constexpr (kFp8) {
-        wgmma::mma_e4m3<N>(sums, rows, tokens, true);
+        wgmma::mma_e4m3<N>(sums, of_part, tokens, true);
       } else {
-        wgmma::mma_bf16<N>(sums, rows, tokens, true);
+        wgmma::mma_bf16<N>(sums, of_part, tokens, true);
       }
     }
     wgmma::commit();
