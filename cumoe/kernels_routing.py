@@ -39,8 +39,13 @@ CLUSTER_SLOTS = 512
 """As ``BLOCK_TOKENS`` for each block of a cluster. Past it there are two launches.
 
 H200, DeepSeek-V3, us: T = 8 in one block 4.84, in clusters of 4 / 8 / 16 4.65 / 4.52 / 4.73; T = 32
-in 8 / 16 4.78 / 4.82; T = 64 5.14 / 4.92; T = 256 in 16 6.05, in two launches 6.18; T = 512 in 16
-8.53, in two launches 6.50."""
+in 8 / 16 4.78 / 4.82; T = 64 5.14 / 4.92. Since each block stores its counts to all of a cluster:
+T = 256 in 16 5.07, in two launches 5.48; T = 512 in 16 7.31, in two launches 6.5 at most."""
+
+LARGE_CLUSTER_BYTES = 216 << 10
+CLUSTER_BYTES = 88 << 10
+"""Dynamic shared memory of a block up to which there is a cluster, on a GPU that has large ones and
+on any: what is left beside the static. Only thousands of local experts take more."""
 
 CLUSTER_EXPERTS = 384
 """Routed experts past which a block of a cluster has half of ``CLUSTER_TOKENS``, each of which is
@@ -282,6 +287,13 @@ def num_blocks(source: Source, cluster: int) -> int:
     return cluster if work <= cluster * each else 0
 
 
+def one_launch_blocks(source: Source, experts: Experts, cluster: int) -> int:
+    """Return :func:`num_blocks`, or 0 where a cluster's counts are too much for shared memory."""
+    blocks = num_blocks(source, cluster)
+    most = LARGE_CLUSTER_BYTES if cluster > CLUSTER else CLUSTER_BYTES
+    return 0 if blocks > 1 and _permute_bytes(source, experts, blocks) > most else blocks
+
+
 def route_permute(
     source: Source, experts: Experts, permutation: Permutation, cluster: int, allocate: Any
 ) -> list[Launch]:
@@ -298,7 +310,7 @@ def route_permute(
     allocate : callable
         Gives the buffer of a name, shape and dtype.
     """
-    blocks = num_blocks(source, cluster)
+    blocks = one_launch_blocks(source, experts, cluster)
     if blocks:
         return [_routing_permute(source, experts, permutation, blocks)]
     num_tokens, columns = source.num_tokens, source.columns
@@ -345,16 +357,14 @@ def route_permute_specs(source: Source, arch: str) -> list[KernelSpec]:
 def _routing_permute(
     source: Source, experts: Experts, permutation: Permutation, blocks: int
 ) -> Launch:
-    tokens = -(-source.num_tokens // blocks)
     warps = _permute_warps(source)
-    own_words = experts.num_words + -(-5 * tokens * source.columns // 2)
     return make(
         _permute_spec(source, blocks),
         (blocks, 1, 1),
         32 * warps,
-        smem_bytes=4 * (_permute_words(experts, warps) + own_words),
+        smem_bytes=_permute_bytes(source, experts, blocks),
         cluster=blocks,
-        chunk_tokens=tokens,
+        chunk_tokens=-(-source.num_tokens // blocks),
         experts=experts.fields(source.num_tokens),
         tables=_tables(permutation),
         **source.fields(),
@@ -377,6 +387,13 @@ def _permute_spec(source: Source, blocks: int) -> KernelSpec:
 def _permute_words(experts: Experts, num_warps: int) -> int:
     """Return the words of PermuteShared."""
     return (6 + num_warps) * experts.num_words + 1 + 32
+
+
+def _permute_bytes(source: Source, experts: Experts, blocks: int) -> int:
+    """Return the dynamic shared memory of routing_permute: counts of every block, slots of one."""
+    slots = -(-source.num_tokens // blocks) * source.columns
+    own_words = blocks * experts.num_words + -(-5 * slots // 2)
+    return 4 * (_permute_words(experts, _permute_warps(source)) + own_words)
 
 
 def _permute_warps(source: Source) -> int:

@@ -294,6 +294,34 @@ class TestCluster:
         early = good.replace("ptx::mbarrier_wait(barrier, 0);\n", "if (rank == 1) return;\n")
         assert some_fail(probe, early.replace("ptx::cluster_sync();", "", 1), [], cluster=3) == 12
 
+    def test_asynchronous_stores(self, probe):
+        body = """
+  const uint32_t rank = ptx::cluster_rank();
+  if (i == 0) {
+    ptx::mbarrier_init(barrier, 1);
+    ptx::mbarrier_arrive_expect_tx(barrier, 4 * 128);
+  }
+  ptx::cluster_arrive_relaxed();
+  ptx::cluster_wait();
+  const uint32_t other = (rank + 1) % 3;
+  ptx::st_async_cluster_u32(ptx::mapa(data + 4 * i, other), 1000 * rank + i,
+                            ptx::mapa(barrier, other));
+  ptx::mbarrier_wait_cluster(barrier, 0);
+  if (i < 42) p.out[42 * rank + i] = reinterpret_cast<int*>(smem)[127 - i];"""
+        expected = [1000 * ((r + 2) % 3) + 127 - i for r in range(3) for i in range(42)] + [-7, -7]
+        assert some_fail(probe, body, expected, cluster=3) == 0
+        for old, new, message in (
+            ("  ptx::cluster_wait();\n", "", "is not initialised"),
+            ("ptx::mapa(barrier, other)", "barrier", "with a barrier at"),
+            ("data + 4 * i", "data + 4 * i + 2", "not aligned"),
+            ("4 * 128)", "4 * 129)", "4 bytes are missing"),
+            ("  ptx::mbarrier_wait_cluster(barrier, 0);\n", "", "have not landed|has ended"),
+        ):
+            assert old in body
+            with pytest.raises(loader.HostError, match=message):
+                for seed in SEEDS:
+                    probe(body.replace(old, new), seed=seed, cluster=3)
+
     def test_own_address(self, probe):
         """An address of the block itself names it in the cluster too."""
         body = """

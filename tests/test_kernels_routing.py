@@ -102,6 +102,22 @@ def test_shared_memory(num_experts: int) -> None:
             assert 32 * warps * (copies * each + 64 // copies) <= 1 << 16
 
 
+@pytest.mark.parametrize("num_experts", [8, 384, 1024, 2048])
+@pytest.mark.parametrize(("arch", "cluster"), [("sm_90a", 16), ("sm_100a", 8), ("sm_120a", 8)])
+def test_cluster_memory(arch: str, cluster: int, num_experts: int) -> None:
+    """A cluster's counts fit beside the static memory of its blocks, or there are two launches."""
+    experts = Experts(num_experts, 32, ExpertShard(0, num_experts))
+    for tokens in (routing.BLOCK_TOKENS + 1, 64, 128):
+        for source in (from_logits(tokens, num_experts), given(tokens)):
+            blocks = routing.one_launch_blocks(source, experts, cluster)
+            lists = 512 * routing._permute_warps(source) if source.routing is not None else 0
+            if blocks:
+                total = routing._permute_bytes(source, experts, blocks) + lists + 16
+                assert total <= ARCHS[arch]
+            elif tokens <= 64:
+                assert num_experts == 2048 and arch != "sm_90a"
+
+
 def test_many_experts() -> None:
     """A block of a cluster has fewer tokens where each is more work."""
     most = 16 * routing.CLUSTER_TOKENS

@@ -1,7 +1,7 @@
 // Which local expert a slot belongs to.
 #pragma once
 
-#include "types.cuh"
+#include "divisor.cuh"
 
 namespace cumoe {
 
@@ -26,9 +26,9 @@ struct ExpertRange {
   }
 };
 
-/// Token of a slot; unsigned division is the shorter.
-__device__ __forceinline__ int token_of_slot(int slot, int columns) {
-  return static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(columns));
+/// Token of a slot, by the columns of a token.
+__device__ __forceinline__ int token_of_slot(int slot, const Divisor& columns) {
+  return static_cast<int>(columns.divide(slot));
 }
 
 }  // namespace cumoe

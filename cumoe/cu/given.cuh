@@ -12,9 +12,10 @@ namespace cumoe {
 /// appended. PACKED: one word a slot, id << 16 | bf16 bits.
 template <int WARPS, class P, class Emit>
 __device__ __forceinline__ void run_slots(const P& p, int begin, int end, int lane, Emit&& emit) {
+  const Divisor columns(p.columns);
 #pragma unroll 1
   for (int slot = begin * p.columns + lane; slot < end * p.columns; slot += kWarpSize) {
-    const int token = token_of_slot(slot, p.columns);
+    const int token = token_of_slot(slot, columns);
     const int column = slot - token * p.columns;
     int32_t id = p.experts.num_experts + column - p.top_k;
     float weight = 1.0f;

@@ -39,9 +39,15 @@ struct PermuteShared {
   uint32_t* runs;     // (warps, words) slots in each warp's run; then those in earlier runs
   uint32_t* end;      // of the words above
   int num_local, words;
+  Divisor by_words, by_tile, by_columns;  // made while nothing else is to be done
 
-  __device__ __forceinline__ PermuteShared(uint32_t* smem, const ExpertRange& experts, int warps)
-      : num_local(experts.num_local()), words(count_words(experts)) {
+  __device__ __forceinline__ PermuteShared(uint32_t* smem, const ExpertRange& experts, int warps,
+                                           int tile, int columns)
+      : num_local(experts.num_local()),
+        words(count_words(experts)),
+        by_words(words),
+        by_tile(tile),
+        by_columns(columns) {
     total = reinterpret_cast<int32_t*>(smem);
     before = total + 2 * words;
     first = before + 2 * words;
@@ -66,9 +72,18 @@ __device__ __forceinline__ int counted(uint32_t counts, int expert) {
   return static_cast<int>(counts >> (16 * (expert & 1)) & 0xffffu);
 }
 
-/// Makes the runs' counts exclusive prefix sums over the warps; `chunk`, if any, becomes their sums.
+/// Sum of a word of the runs' counts.
 template <int WARPS>
-__device__ __forceinline__ void sum_runs(const PermuteShared& s, uint32_t* chunk) {
+__device__ __forceinline__ uint32_t sum_of_runs(const PermuteShared& s, int word) {
+  uint32_t sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < WARPS; ++warp) sum += s.runs[warp * s.words + word];
+  return sum;
+}
+
+/// Makes the runs' counts exclusive prefix sums over the warps.
+template <int WARPS>
+__device__ __forceinline__ void sum_runs(const PermuteShared& s) {
   for (int word = threadIdx.x; word < s.words; word += blockDim.x) {
     uint32_t counts[WARPS];
 #pragma unroll
@@ -79,7 +94,6 @@ __device__ __forceinline__ void sum_runs(const PermuteShared& s, uint32_t* chunk
       s.runs[warp * s.words + word] = running;
       running += counts[warp];
     }
-    if (chunk != nullptr) chunk[word] = running;
   }
 }
 
@@ -88,10 +102,10 @@ __device__ __forceinline__ void sum_runs(const PermuteShared& s, uint32_t* chunk
 template <int AHEAD, class Load>
 __device__ __forceinline__ void sum_chunks(const PermuteShared& s, int num_chunks, int chunk,
                                            Load&& load) {
-  const int parts = max(static_cast<int>(blockDim.x) / s.words, 1);
+  const int parts = max(static_cast<int>(s.by_words.divide(blockDim.x)), 1);
 #pragma unroll 1
   for (int i = threadIdx.x; i < parts * s.words; i += blockDim.x) {
-    const int part = i / s.words, word = i - part * s.words;
+    const int part = static_cast<int>(s.by_words.divide(i)), word = i - part * s.words;
     int low = 0, high = 0, low_before = 0, high_before = 0;
 #pragma unroll 1
     for (int base = part; base < num_chunks; base += AHEAD * parts) {
@@ -116,18 +130,40 @@ __device__ __forceinline__ void sum_chunks(const PermuteShared& s, int num_chunk
   }
 }
 
+/// The same of the blocks of a cluster, which have fewer than 2^16 slots in all; `counts` (BLOCKS, words).
+template <int BLOCKS>
+__device__ __forceinline__ void sum_blocks(const PermuteShared& s, const uint32_t* counts,
+                                           int block) {
+#pragma unroll 1
+  for (int word = threadIdx.x; word < s.words; word += blockDim.x) {
+    uint32_t sum = 0, before = 0;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      const uint32_t count = counts[b * s.words + word];
+      sum += count;
+      before += b < block ? count : 0;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      s.total[2 * word + half] = counted(sum, half);
+      s.before[2 * word + half] = counted(before, half);
+    }
+  }
+}
+
 /// From `total` and `before` to the first tile of each expert and the row of its first slot in this
 /// chunk; `writes` has this block write the tables of experts. The block meets before and after.
+template <int WARPS>
 __device__ __forceinline__ void scan_experts(const PermuteShared& s, const PermuteTables& t,
                                              bool writes) {
   const int lane = threadIdx.x % kWarpSize, warp = warp_of_block();
-  const int per_thread = ceil_div(s.num_local, static_cast<int>(blockDim.x));
+  const int per_thread = ceil_div(s.num_local, WARPS * kWarpSize);
   const int begin = min(static_cast<int>(threadIdx.x) * per_thread, s.num_local);
   const int end = min(begin + per_thread, s.num_local);
   int own = 0;
 #pragma unroll 1
   for (int e = begin; e < end; ++e) {
-    const int tiles = ceil_div(s.total[e], t.tile);
+    const int tiles = static_cast<int>(s.by_tile.divide(s.total[e] + t.tile - 1));
     s.first[e] = tiles;
     own += tiles;
   }
@@ -165,8 +201,7 @@ __device__ __forceinline__ void scan_experts(const PermuteShared& s, const Permu
 /// Gives the slots of a warp's run their rows; expert_of(slot) is a slot's local expert or -1.
 template <class ExpertOf>
 __device__ __forceinline__ void place_run(const PermuteShared& s, const PermuteTables& t, int begin,
-                                          int end, int columns, int warp, int lane,
-                                          ExpertOf&& expert_of) {
+                                          int end, int warp, int lane, ExpertOf&& expert_of) {
   uint32_t* run = s.runs + warp * s.words;
 #pragma unroll 1
   for (int base = begin; base < end; base += kWarpSize) {
@@ -180,7 +215,7 @@ __device__ __forceinline__ void place_run(const PermuteShared& s, const PermuteT
     if (expert >= 0 && earlier == 0) count_slots(run, expert, __popc(peers));
     __syncwarp();
     if (slot < end) t.permuted_idx[slot] = row;
-    if (row >= 0) t.token_idx[row] = token_of_slot(slot, columns);
+    if (row >= 0) t.token_idx[row] = token_of_slot(slot, s.by_columns);
   }
 }
 

@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 2)
   extern __shared__ uint32_t smem[];
   const int lane = threadIdx.x % kWarpSize;
   const int warp = warp_of_block();
-  const PermuteShared shared(smem, p.experts, NUM_WARPS);
+  const PermuteShared shared(smem, p.experts, NUM_WARPS, p.tables.tile, p.columns);
   shared.clear();
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 2)
   const int begin = min(chunk_begin + warp * run, chunk_end);
   const int end = min(begin + run, chunk_end);
   const auto expert_of = [&](int slot, int id) {
-    return p.experts.local(id, token_of_slot(slot, p.columns));
+    return p.experts.local(id, token_of_slot(slot, shared.by_columns));
   };
   int id = begin + lane < end ? p.ids[begin + lane] : -1;
   sum_chunks<kAhead>(shared, p.num_chunks, chunk, [&](int c, int word) {
@@ -55,10 +55,10 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS* kWarpSize, 2)
     if (expert >= 0) count_slots(shared.runs + warp * shared.words, expert, 1);
   }
   __syncthreads();
-  sum_runs<NUM_WARPS>(shared, nullptr);
-  scan_experts(shared, p.tables, chunk == 0);
+  sum_runs<NUM_WARPS>(shared);
+  scan_experts<NUM_WARPS>(shared, p.tables, chunk == 0);
   __syncthreads();
-  place_run(shared, p.tables, begin, end, p.columns, warp, lane,
+  place_run(shared, p.tables, begin, end, warp, lane,
             [&](int slot) { return expert_of(slot, p.ids[slot]); });
   write_tiles(shared, p.tables, chunk, p.num_chunks);
 }

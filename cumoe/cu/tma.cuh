@@ -195,6 +195,16 @@ __device__ __forceinline__ void st_cluster_u32(uint32_t remote, uint32_t value) 
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(value) : "memory");
 }
 
+/// Stores a word to shared memory of a block of the cluster and completes its four bytes on a barrier of the
+/// same block, both named by mapa; seen by who waits there with mbarrier_wait_cluster (PTX ISA, "st.async").
+__device__ __forceinline__ void st_async_cluster_u32(uint32_t remote, uint32_t value,
+                                                     uint32_t remote_barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(remote),
+      "r"(value), "r"(remote_barrier)
+      : "memory");
+}
+
 /// Barrier over all threads of the cluster (PTX ISA, "barrier.cluster").
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::

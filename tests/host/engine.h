@@ -120,6 +120,8 @@ void hand_over();
 /// Clusters and distributed shared memory.
 unsigned cluster_rank();
 unsigned cluster_size();
+/// Stores a word to a block of the cluster at a random later moment, and completes it on a barrier there.
+void store_async(uint32_t address, uint32_t barrier, unsigned rank, uint32_t value, Site site);
 void* cluster_pointer(uint32_t address, unsigned rank, size_t bytes, Site site);
 void cluster_barrier(Site site);
 

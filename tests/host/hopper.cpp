@@ -181,7 +181,7 @@ void land(const Bulk& bulk) {
     if (b->live == 0 || b->cluster != bulk.cluster) continue;
     for (size_t i = 0; i < bulk.box.size(); i += 16) {
       const uint32_t to = swizzled(bulk.smem, i, bulk.swizzle_bits);
-      memcpy(b->shared_begin + to, bulk.box.data() + i, 16);
+      memcpy(b->shared_begin + to, bulk.box.data() + i, std::min<size_t>(bulk.box.size() - i, 16));
     }
     MBarrier& m = b->mbarriers[bulk.barrier];
     m.bytes -= static_cast<int64_t>(bulk.box.size());
@@ -212,6 +212,18 @@ void tma_load(uint32_t smem, const void* map, uint32_t barrier, const int* coord
   }
   for (Block* target : bulk.targets) find(target, barrier, site);
   b->bulks.push_back(std::move(bulk));
+}
+
+void store_async(uint32_t address, uint32_t barrier, unsigned rank, uint32_t value, Site site) {
+  yield(site);
+  shared_pointer(address, 4, site);
+  if (address % 4) fail(site, "st.async to shared 0x%x: not aligned", address);
+  Block* target = peer(rank, site);
+  find(target, barrier, site);
+  Bulk bulk = {{}, address, barrier, 0, {target}, self->block->cluster};
+  bulk.box.resize(4);
+  memcpy(bulk.box.data(), &value, 4);
+  target->bulks.push_back(std::move(bulk));  // it may land when this block has ended
 }
 
 bool complete_bulk(Block* b) {

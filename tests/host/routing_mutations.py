@@ -182,11 +182,15 @@ ROUTING_MUTATIONS = {
     "permute: barrier after the scan": Mutation(
         "routing_permute.cu", BARRIER, "", case="block", nth=3
     ),
-    "permute: cluster counts together": Mutation(
-        "routing_permute.cu", "ptx::cluster_sync();", "__syncthreads();", case="cluster"
-    ),
-    "permute: cluster ends together": Mutation(
+    "permute: cluster begins together": Mutation(
         "routing_permute.cu", "ptx::cluster_wait();", "", case="first of a cluster"
+    ),
+    "permute: cluster counts together": Mutation(
+        "routing_permute.cu", "ptx::mbarrier_wait_cluster(complete, 0);", "", case="cluster"
+    ),
+    "permute: counts of the cluster": Mutation(
+        "routing_permute.cu", "CLUSTER * shared.words * 4", "(CLUSTER - 1) * shared.words * 4",
+        case="cluster",
     ),
     "permute: barrier of the scan": Mutation(PERMUTE, BARRIER, "", "routing_permute", case="block"),
     "count: barrier after clearing": Mutation("routing_count.cu", BARRIER, "", case="tails"),
@@ -205,8 +209,8 @@ ROUTING_MUTATIONS = {
     ),
     # Its arithmetic.
     "permute: rank of a source": Mutation(
-        "routing_permute.cu", "ptx::mapa(ptx::smem_address(counts + word), c)",
-        "ptx::mapa(ptx::smem_address(counts + word), 0)", case="cluster",
+        "routing_permute.cu", "counts + chunk * shared.words + word", "counts + word",
+        case="cluster",
     ),
     "permute: last chunk": Mutation(
         "routing_permute.cu", "min(chunk_begin + p.chunk_tokens, p.num_tokens)",
@@ -237,6 +241,14 @@ ROUTING_MUTATIONS = {
     "permute: earlier chunks": Mutation(
         PERMUTE, "base + j * parts < chunk", "base + j * parts <= chunk", "permute_place",
         case="tails",
+    ),
+    "permute: earlier blocks": Mutation(
+        PERMUTE, "b < block ? count : 0", "b <= block ? count : 0", "routing_permute",
+        case="cluster",
+    ),
+    "permute: quotients": Mutation(
+        "divisor.cuh", "low + (n - low * divisor >= divisor ? 1u : 0u)", "low", "permute_place",
+        case="given",
     ),
     "permute: chunks ahead": Mutation(
         PERMUTE, "base += AHEAD * parts", "base += (AHEAD + 1) * parts", "permute_place",

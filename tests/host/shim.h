@@ -92,6 +92,7 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 CUMOE_MINMAX(min, <)
 CUMOE_MINMAX(max, >)
 
+inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t{a} * b >> 32; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -125,6 +125,15 @@ inline void st_cluster_u32(uint32_t remote, uint32_t value, CUMOE_SITE) {
   cumoe_host::yield(site);
 }
 
+inline void st_async_cluster_u32(uint32_t remote, uint32_t value, uint32_t remote_barrier,
+                                 CUMOE_SITE) {
+  const uint32_t rank = remote >> 24;
+  if (rank == 0 || remote_barrier >> 24 != rank) {
+    cumoe_host::fail(site, "st.async to 0x%x with a barrier at 0x%x", remote, remote_barrier);
+  }
+  cumoe_host::store_async(remote & 0xffffffu, remote_barrier & 0xffffffu, rank - 1, value, site);
+}
+
 inline void cluster_sync(CUMOE_SITE) { cumoe_host::cluster_barrier(site); }
 
 /// The wait is the whole barrier, so an arrival never lets another block past its wait too early.
