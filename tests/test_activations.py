@@ -22,6 +22,7 @@ from cumoe.config import check_choice
 from cumoe.formulas import ACTIVATIONS
 from cumoe.kernels_activation import (
     BLOCKS_PER_SM,
+    GRID_PERCENT,
     MAX_WAVES,
     MIN_WAVES,
     UNITS_PER_BLOCK,
@@ -227,13 +228,13 @@ class TestRowsOfAUnit:
         assert select_rows(1 << 20, 16, 1, 132 * 10_000) == 1
 
     def test_blocks(self):
-        """As many as there is work for, half as many where that fills the GPU, or MAX_WAVES."""
+        """What there is work for, GRID_PERCENT of it where that fills the GPU, or MAX_WAVES."""
         x = np.zeros((1, 256), np.float32)
         resident = BLOCKS_PER_SM[4][1] * 4
         for blocks, grid in (
             (1, 1),
             (2 * resident, 2 * resident),
-            (2 * resident + 1, resident + 1),
+            (2 * resident + 1, -(-(2 * resident + 1) * GRID_PERCENT // 100)),
             (1000 * resident, MAX_WAVES * resident),
         ):
             rows = blocks * UNITS_PER_BLOCK
