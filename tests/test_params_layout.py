@@ -66,11 +66,14 @@ def test_offsets(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PARAMS)
 def test_fields(name: str) -> None:
     """Padding could hide a field that only one side has, so the names are compared too."""
-    source = (KERNEL_DIR / f"{name}.cu").read_text()
-    headers = re.findall(r'^#include "([^"]+)"', source, re.MULTILINE)
-    texts = [source, *((KERNEL_DIR / header).read_text() for header in headers)]
+    texts = {f"{name}.cu": ""}  # of the kernel and all that it includes
+    while files := [file for file, text in texts.items() if not text]:
+        for file in files:
+            texts[file] = (KERNEL_DIR / file).read_text()
+            for header in re.findall(r'^#include "([^"]+)"', texts[file], re.MULTILINE):
+                texts.setdefault(header, "")
     definition = re.compile(r"^struct Params \{\n(.*?)^\};", re.MULTILINE | re.DOTALL)
-    (struct,) = [body for text in texts for body in definition.findall(text)]
+    (struct,) = [body for text in texts.values() for body in definition.findall(text)]
     declarations = re.sub(r"//.*", "", struct).split(";")
     bare = [re.sub(r"\[\w+\]", "", line).strip() for line in declarations]
     names = [re.split(r"[\s*]+", line)[-1] for line in bare if line]

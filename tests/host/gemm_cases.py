@@ -322,10 +322,7 @@ GEMM90_FP8_CASES = [
         "gated, tile 88",
         gemm90(FP8, k=128, n=80, tile=88, order="gate_up", tokens=70, experts=2, num_chunks=3),
     ),
-    Case(
-        "columns, gated",
-        gemm90(FP8, k=144, n=80, tile=88, order="up_gate", counts=(32, 33, 64, 65, 88)),
-    ),
+    Case("columns, gated", gemm90(FP8, k=144, n=80, tile=88, order="up_gate", counts=(32, 33, 88))),
     Case("plain, tile 80", gemm90(FP8, k=144, n=136, tile=80, tokens=60, experts=2)),
     Case(
         "one token",
@@ -411,9 +408,7 @@ GEMM90_CASES = [
         gemm90(BF16, k=64, n=80, tile=112, order="gate_up", tokens=70, experts=2),
     ),
     Case("plain, tile 176", gemm90(BF16, k=72, n=136, tile=176, tokens=140, experts=2)),
-    Case(
-        "columns", gemm90(BF16, k=72, n=40, tile=128, counts=(32, 33, 64, 65, 80, 81, 112, 113))
-    ),
+    Case("columns", gemm90(BF16, k=72, n=40, tile=128, counts=(32, 33, 64, 65, 80, 81, 112, 113))),
     Case(
         "one token",
         gemm90(BF16, k=64, n=128, tile=8, order="gate_up", tokens=1, top_k=1, experts=1),
