@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from cumoe import kernels, kernels_sm90
+from cumoe import kernels, kernels_sm90, tuning
 from cumoe.arrays import DTYPES, FP8
 from cumoe.config import Activation, Array, Quantized
 from cumoe.reference import exact, quantize
@@ -187,8 +187,7 @@ def gemm90(
         sizes |= {"counts": counts, "tokens": sum(counts), "experts": len(counts), "top_k": 1}
     gemm = _Gemm(dtype, dtype if activated else BF16, **sizes)
     block_n = block_n or gemm.tile // cluster
-    staged = (144 + 16) * (1 if gated else 2) + 32  # bytes a token
-    fewest = -(-block_n * staged // 8192) if gemm.out_dtype == FP8 else 1
+    fewest, _ = tuning._sm90_chunks(block_n, gemm.problem)
     stages = num_stages or SM90_MIN_STAGES[dtype]
     chosen = Sm90Config(block_n, stages, num_chunks or fewest, cluster)
     reason = why_illegal_sm90(chosen, gemm.problem)

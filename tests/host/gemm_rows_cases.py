@@ -18,10 +18,7 @@ SHARES = (0, 1, 32, 33, 63, 64, 65, 88, 89, 128, 129, 200)
 def _rows90(**sizes: Any) -> Callable[[Host], None]:
     """``sm90_fp8_rows_grouped_gemm``."""
     cluster = sizes.setdefault("cluster", 1)
-    fp8 = sizes.get("order") is not None or "activation" in sizes
-    return gemm90(
-        FP8, **{"tile": 128 * cluster, "block_n": 128, "num_chunks": 2 if fp8 else 1} | sizes
-    )
+    return gemm90(FP8, **{"tile": 128 * cluster, "block_n": 128} | sizes)
 
 
 GEMM90_FP8_ROWS_CASES = [
