@@ -52,29 +52,15 @@ def grouped_gemm_spec(problem: GroupedGemmProblem, config: Sm90Config) -> Kernel
     )
 
 
-def token_map(a: Array, block_n: int) -> np.ndarray:
-    """Encode the rows of the left operand in boxes of the kernel's kBoxRows rows."""
-    row_bytes = a.shape[1] * a.dtype.itemsize
-    box_rows = block_n // 2 if block_n > 64 and block_n % 16 == 0 else block_n
+def rows_map(rows: Array, box_rows: int) -> np.ndarray:
+    """Encode tokens or finished rows in boxes of `box_rows` rows and 128 bytes."""
+    row_bytes = rows.shape[1] * rows.dtype.itemsize
     return encode_tiled(
-        address(a),
+        address(rows),
         np.uint8,
-        (a.shape[0], row_bytes),
+        (rows.shape[0], row_bytes),
         (row_bytes, 1),
         (box_rows, ROW_BYTES),
-        swizzle="128B",
-    )
-
-
-def out_map(out: Array, chunk_rows: int) -> np.ndarray:
-    """Encode the output in boxes of the kernel's kChunkTokens rows and 64 columns."""
-    row_bytes = out.shape[1] * out.dtype.itemsize
-    return encode_tiled(
-        address(out),
-        np.uint8,
-        (out.shape[0], row_bytes),
-        (row_bytes, 1),
-        (chunk_rows, ROW_BYTES),
         swizzle="128B",
     )
 
@@ -134,9 +120,12 @@ def grouped_gemm(
     a_row, a_block = scale_strides(a_scale)
     out_row, out_block = scale_strides(out_scale)
     spec = grouped_gemm_spec(problem, config)
-    maps: dict[str, Any] = {} if problem.gather else {"a_map": token_map(a, config.block_n)}
-    if not problem.gather and problem.output_dtype == "bfloat16":
-        maps["out_map"] = out_map(out, 64 if spec.name.startswith("sm90_fp8_rows") else 32)
+    maps: dict[str, Any] = {}
+    if not problem.gather:
+        halves = config.block_n > 64 and config.block_n % 16 == 0
+        maps["a_map"] = rows_map(a, config.block_n // 2 if halves else config.block_n)  # kBoxRows
+        if problem.output_dtype == "bfloat16":  # kChunkTokens
+            maps["out_map"] = rows_map(out, 64 if spec.name.startswith("sm90_fp8_rows") else 32)
     launch = make(
         spec,
         (num_clusters * config.cluster, 1, 1),

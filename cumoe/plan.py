@@ -70,7 +70,7 @@ class DevicePlan:
     ----------
     stages : dict of str to list of Launch
         In order: routing (with the permutation), quantize, gemm1, gemm2, finalize; absent ones have
-        nothing to do.
+        nothing to do. gemm1 may begin with the copy of the tokens to their rows.
     parts : ExpertParts
         Rows, weights and row indices before the sum; buffers of the workspace or the call's own
         arrays.

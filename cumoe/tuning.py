@@ -162,11 +162,8 @@ SM90_MAX_STAGES = 6
 SM90_CHUNK_BYTES = 32 * 128  # finished rows on their way out: 64 bf16 columns of 32 tokens
 # accumulators and products in registers
 SM90_MAX_BLOCK_N = {"bfloat16": 176, "float8_e4m3fn": 88, FP8_TENSOR: 176}
-SM90_TILES = {
-    "bfloat16": (8, 32, 128, 176, 288),
-    "float8_e4m3fn": (8, 32, 88, 256),
-    FP8_TENSOR: (8, 32, 128, 176, 288),
-}
+SM90_TILES = {"bfloat16": (8, 32, 128, 176, 288), "float8_e4m3fn": (8, 32, 88, 256)}
+SM90_TILES[FP8_TENSOR] = SM90_TILES["bfloat16"]  # one kernel
 """Row tile heights that the Hopper kernels are compiled for: of one block, or of a pair."""
 SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4, FP8_TENSOR: 3}  # fp8 takes two at a time
 
@@ -176,8 +173,8 @@ SM90_ROWS = 128
 SM90_CHOICES = {
     "bfloat16": ((8, 32), (72, 128), (176, 176), (640, 288), (math.inf, 176)),
     "float8_e4m3fn": ((8, 32), (80, 88), (math.inf, 256)),
-    FP8_TENSOR: ((8, 32), (72, 128), (176, 176), (640, 288), (math.inf, 176)),
 }
+SM90_CHOICES[FP8_TENSOR] = SM90_CHOICES["bfloat16"]
 """The tile height up to a mean number of rows of an expert."""
 
 

@@ -176,10 +176,11 @@ def kernel_specs(
         asked = (num_tokens, shape.total_top_k, arch)
         return spec.select_tile(*asked), not spec.copies_rows(*asked)
 
-    reads = {tile_and_gather(t) for t in range(1, 1 << 17, 64)}
-    reads |= {(tile, True) for tile in spec.tiles(arch)}
     if max_num_tokens is not None:
         reads = {tile_and_gather(t) for t in range(min_num_tokens, max_num_tokens + 1)}
+    else:
+        reads = {tile_and_gather(t) for t in range(1, 1 << 17, 64)}
+        reads |= {(tile, True) for tile in spec.tiles(arch)}
     specs = [*_routing_specs(spec, shape, arch), *_rows_specs(recipe)]
     weights = ("float32", "bfloat16") if spec.weights_on_input else ("float32",)
     for tile, gather in sorted(reads):

@@ -1,4 +1,4 @@
-// Division by a number that many quotients share, and that is known early or on the host.
+// Division by a number that many quotients share, and that is known early.
 #pragma once
 
 #include "types.cuh"
@@ -9,9 +9,7 @@ namespace cumoe {
 struct Divisor {
   uint32_t divisor, magic;
 
-  /// `magic` is (2^32 - 1) / by.
-  __device__ __forceinline__ Divisor(uint32_t by, uint32_t magic) : divisor(by), magic(magic) {}
-  __device__ __forceinline__ explicit Divisor(uint32_t by) : Divisor(by, 0xffffffffu / by) {}
+  __device__ __forceinline__ explicit Divisor(uint32_t by) : divisor(by), magic(0xffffffffu / by) {}
 
   /// The high word of the product is the quotient or one less.
   __device__ __forceinline__ uint32_t divide(uint32_t n) const {

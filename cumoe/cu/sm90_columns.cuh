@@ -14,6 +14,7 @@ constexpr int kStageRow = 128 + 16;  // bytes; padded so that neighbouring token
 constexpr int kTeams = GATED ? 1 : kConsumers;  // threads that share columns of the result
 constexpr int kTeamThreads = kConsumerThreads / kTeams;
 constexpr int kUnroll = 2;  // stages between which products overlap
+constexpr int kRun = 32;    // columns of the epilogue that are worked on at once
 
 static_assert(kColumns % 8 == 0 && kColumns >= 8 && kColumns <= 88, "n of the wgmma, in registers");
 
@@ -24,39 +25,44 @@ struct Requantised {
   float amax[kConsumers * 4][kColumns];
 };
 
+using Accumulators = float[2][kColumns / 2];  // of the parts of 64 weight rows
+
 /// Activation, one scale a token over 128 columns, fp8 rows. With GATED both warpgroups have 64 of the
 /// tile's 128 columns, else each has 128 of its own: a team.
-template <int N>
 __device__ __forceinline__ void store_requantised(const Params& p, Smem& smem, const Tile& tile,
-                                                  float (&y)[2][N], int group, int thread) {
+                                                  Accumulators& y, int group, int thread) {
   static_assert(!ACTIVATED || sizeof(Requantised) <= sizeof(smem.chunks), "room for chunks");
-  constexpr int kParts = GATED ? 1 : 2;
   const int team = GATED ? 0 : group, member = GATED ? thread : thread % 128;
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
   Requantised& to = reinterpret_cast<Requantised*>(&smem.chunks + 1)[-1];
   const auto meet = [&] { ptx::named_barrier_sync(GATED ? 3 : 1 + team, kTeamThreads); };
   const ActivationValues act = activation_of(p.activation, tile.expert);
-  // NOTE: all columns, tokens or not: one long run of independent arithmetic.
+  // NOTE: 32 columns at a time, tokens or not: long runs of independent arithmetic.
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      y[part][i] = activate(y[part][i], y[GATED ? 1 : part][i], act);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    float amax = 0.0f;
+  for (int begin = 0; begin < kColumns; begin += kRun) {
+    if (begin >= tile.rows) break;
+    const int end = begin + kRun < kColumns ? begin + kRun : kColumns;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const float* values = y[part] + i / 2 * 4 + i % 2;
-      amax = fmaxf(amax, fmaxf(fabsf(values[0]), fabsf(values[2])));
+#pragma unroll
+      for (int i = begin / 2; i < end / 2; ++i) {
+        y[part][i] = activate(y[part][i], y[GATED ? 1 : part][i], act);
+      }
     }
 #pragma unroll
-    for (int offset = 4; offset < kWarpSize; offset *= 2) {
-      amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, offset));
+    for (int i = begin / 4; i < end / 4; ++i) {
+      float amax = 0.0f;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const float* values = y[part] + i / 2 * 4 + i % 2;
+        amax = fmaxf(amax, fmaxf(fabsf(values[0]), fabsf(values[2])));
+      }
+#pragma unroll
+      for (int offset = 4; offset < kWarpSize; offset *= 2) {
+        amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, offset));
+      }
+      if (lane < 4) to.amax[warp][i / 2 * 8 + 2 * lane + i % 2] = amax;
     }
-    if (lane < 4) to.amax[warp][i / 2 * 8 + 2 * lane + i % 2] = amax;
   }
   meet();
   const int block = GATED ? tile.column_tile : tile.column_tile * 2 + group;
@@ -74,7 +80,8 @@ __device__ __forceinline__ void store_requantised(const Params& p, Smem& smem, c
   }
   meet();
 #pragma unroll
-  for (int i = 0; i < N / 2; i += 2) {
+  for (int i = 0; i < kColumns / 4; i += 2) {
+    if (i * 4 % kRun == 0 && i * 4 >= tile.rows) break;
     const int token = i * 4 + 2 * (lane % 4);
     const BlockDivisor first = to.by_scale[team][token], second = to.by_scale[team][token + 1];
 #pragma unroll
@@ -109,11 +116,12 @@ struct Columns {
   static constexpr int kVectors = ceil_div(N, 16);  // of a lane's tokens
   Smem& smem;
   Stages& in;
+  Accumulators& accum;
   const int lane, group;
   const uint32_t zero;  // unknown to the compiler
   float4 scales[kVectors];
   float2 weight_scale = {1.0f, 1.0f};  // of the parts
-  float accum[2][N / 2], product[2][N / 2];
+  float product[2][N / 2];
 
   __device__ __forceinline__ const float4* scales_of_stage() const {
     const float* row =
@@ -169,8 +177,6 @@ struct Columns {
 
   /// Before the first stage of a tile, which has come.
   __device__ __forceinline__ void begin() {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) accum[0][i] = accum[1][i] = 0.0f;
     const float4* first = scales_of_stage();
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) scales[v] = first[v];
@@ -212,25 +218,32 @@ struct Columns {
   }
 };
 
-/// A tile of at most N tokens, which are columns: products over N or fewer of them, and the epilogue.
+/// Sums the products of a tile of at most N tokens, over N or fewer columns. The last stage is not released.
 template <int N>
-__device__ __forceinline__ void consume_columns(const Params& p, Smem& smem, int steps, Stages& in,
-                                                Ring<NUM_CHUNKS>& chunks, int group, int thread) {
+__device__ __forceinline__ void sum_columns(const Params& p, Smem& smem, int steps, Stages& in,
+                                            Accumulators& accum, int group, int lane) {
   constexpr int kFewer = N > 64 ? 64 : N > 32 ? 32 : 0;
   if constexpr (kFewer > 0) {
     if (smem.tiles[in.ring.slot].z <= kFewer) {
-      return consume_columns<kFewer>(p, smem, steps, in, chunks, group, thread);
+      return sum_columns<kFewer>(p, smem, steps, in, accum, group, lane);
     }
   }
-  const int lane = thread % kWarpSize;
-  Columns<N> columns{smem, in, lane, group, static_cast<uint32_t>(p.w_scale_rows) >> 31};
+  Columns<N> columns{smem, in, accum, lane, group, static_cast<uint32_t>(p.w_scale_rows) >> 31};
   columns.run_all(steps);
+}
+
+/// A tile of which the tokens are columns: products and epilogue.
+__device__ __forceinline__ void consume_columns(const Params& p, Smem& smem, int steps, Stages& in,
+                                                Ring<NUM_CHUNKS>& chunks, int group, int thread) {
+  const int lane = thread % kWarpSize;
+  Accumulators accum = {};
+  sum_columns<kColumns>(p, smem, steps, in, accum, group, lane);
   const Tile tile(smem.tiles[in.ring.previous()]);
   in.release(in.ring.previous(), lane);
   if constexpr (ACTIVATED) {
-    store_requantised(p, smem, tile, columns.accum, group, ptx::opaque(thread));
+    store_requantised(p, smem, tile, accum, group, ptx::opaque(thread));
   } else {
-    store_bf16(p, smem, tile, columns.accum, chunks, group, ptx::opaque(thread));
+    store_bf16(p, smem, tile, accum, chunks, group, ptx::opaque(thread));
   }
 }
 

@@ -21,7 +21,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
   for (Items<> items(smem, work, lane); items.left(); items.next()) {
     in.wait();
     if (in.skip(smem, lane)) continue;
-    consume_columns<BLOCK_N>(p, smem, work.steps, in, chunks, group, thread);
+    consume_columns(p, smem, work.steps, in, chunks, group, thread);
   }
 }
 

@@ -149,7 +149,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
     if (in.skip(smem, lane)) continue;
     const Tile tile(smem.tiles[in.ring.slot]);
     if (tile.has_columns()) {
-      consume_columns<kColumns>(p, smem, work.steps, in, chunks, group, thread);
+      consume_columns(p, smem, work.steps, in, chunks, group, thread);
       continue;
     }
     const int row = ptx::opaque(thread) / kWarpSize * 16 + lane / 4;  // of the block's tokens

@@ -117,8 +117,8 @@ struct Shared {
 /// One item of work.
 struct Tile {
   int expert, row0, rows;
-  int column_tile;  // -1: nothing to do, in one step
-  bool shares;      // the blocks of the cluster have the same weights
+  int column_tile;      // -1: nothing to do, in one step
+  bool shares = false;  // the blocks of the cluster have the same weights
 
   __device__ __forceinline__ Tile(const Params& p, int item, int rank) {
     expert = p.tile_expert[item / p.num_column_tiles];

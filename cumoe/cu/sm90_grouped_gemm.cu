@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_e4m3(const Params& p, Shared& smem, const 
 template <int N>
 __device__ __forceinline__ void sum_products(float (&accum)[2][BLOCK_N / 2], Stages& in, int steps,
                                              int rows, int group, int lane) {
-  constexpr int kFewer = N > 64 ? (N - 1) / 16 * 16 : N > 32 ? 32 : 0;
+  constexpr int kStep = N > 128 ? 16 : 32, kFewer = (N - 1) / kStep * kStep;
   if constexpr (kFewer > 0) {
     if (rows <= kFewer) return sum_products<kFewer>(accum, in, steps, rows, group, lane);
   }

@@ -18,8 +18,8 @@ static_assert(4 * kScaleRow <= kScaleFloats, "either order of the scales");
 struct Smem : Shared {
   float scale[NUM_STAGES][kScaleSets][kScaleFloats];  // of the tokens
   float2 weight_scale[NUM_STAGES];                    // of the two halves
-  uint64_t
-      landed[NUM_STAGES];  // gathered tokens, of which the warp of the scales tells the consumers
+  // Gathered tokens, of which the warp of the scales tells the consumers.
+  uint64_t landed[NUM_STAGES];
 
   __device__ __forceinline__ void init(int arrivals, int helpers) {
     Shared::init(arrivals, helpers);

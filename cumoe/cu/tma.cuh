@@ -222,13 +222,6 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-/// Loads a word of a block of the cluster, named by mapa (PTX ISA, "ld.shared::cluster").
-__device__ __forceinline__ uint32_t ld_shared_cluster_u32(uint32_t remote) {
-  uint32_t value;
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
-  return value;
-}
-
 /// Barrier `id` over `threads` threads of the block (PTX ISA, "bar.sync").
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -141,15 +141,6 @@ inline void cluster_arrive_relaxed() {}
 
 inline void cluster_wait(CUMOE_SITE) { cumoe_host::cluster_barrier(site); }
 
-inline uint32_t ld_shared_cluster_u32(uint32_t remote, CUMOE_SITE) {
-  const uint32_t address = remote & 0xffffffu;
-  if (address % 4) cumoe_host::fail(site, "ld.shared::cluster of 0x%x: not aligned", address);
-  const uint32_t rank = remote >> 24 ? (remote >> 24) - 1 : cumoe_host::cluster_rank();
-  uint32_t value;
-  memcpy(&value, cumoe_host::cluster_pointer(address, rank, 4, site), 4);
-  return value;
-}
-
 inline void named_barrier_sync(int id, int threads, CUMOE_SITE) {
   if (threads <= 0) cumoe_host::fail(site, "bar.sync of %d threads", threads);
   cumoe_host::barrier("bar.sync", id, static_cast<unsigned>(threads), true, site);
