@@ -142,6 +142,13 @@ MUTATIONS = {
         SM90, "ptx::mbarrier_wait_cluster(announced, ring.phase)", "(void)0", FP8,
         case=FEW_GATED,
     ),
+    "sm90: announced with its bytes": Mutation(
+        SM90, "ptx::mbarrier_arrive_expect_tx(announced, sizeof(int))",
+        "ptx::mbarrier_arrive(announced)", FP8, case=FEW_GATED,
+    ),
+    "sm90: announced by the first block": Mutation(
+        SM90, "      if (work.rank > 0) break;\n", "", FP8, case=FEW_GATED
+    ),
     "sm90: seen by all": Mutation(
         SM90, "(1 + kConsumers * 4 + helpers) * CLUSTER", "kConsumers * 4 * CLUSTER", FP8, case=DEEP
     ),
@@ -323,7 +330,7 @@ MUTATIONS = {
         case=DEEP, moved="wgmma::wait<1>();",
     ),
     "sm90 bf16: last release": Mutation(
-        SM90_BF16, "in.release(in.ring.previous(), lane);", "", case=DEEP, nth=1
+        SM90_BF16, "in.release(in.ring.previous(), lane, tile.rows > 0);", "", case=DEEP
     ),
     "sm90 bf16: columns of the products": Mutation(
         SM90_BF16, "if (rows <= kFewer)", "if (rows <= kFewer + 1)", case="columns"

@@ -239,7 +239,7 @@ __device__ __forceinline__ void consume_columns(const Params& p, Smem& smem, int
   Accumulators accum = {};
   sum_columns<kColumns>(p, smem, steps, in, accum, group, lane);
   const Tile tile(smem.tiles[in.ring.previous()]);
-  in.release(in.ring.previous(), lane);
+  in.release(in.ring.previous(), lane, tile.rows > 0);
   if constexpr (ACTIVATED) {
     store_requantised(p, smem, tile, accum, group, ptx::opaque(thread));
   } else {

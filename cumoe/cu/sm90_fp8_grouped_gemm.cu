@@ -35,7 +35,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0) {
-      if (lane == 0) load_by_tma(p, smem, work);
+      if (ptx::elect_one()) load_by_tma(p, smem, work);
     } else if (warp == 3) {
       load_scales(p, smem, work, lane);
     } else if constexpr (GATHER) {

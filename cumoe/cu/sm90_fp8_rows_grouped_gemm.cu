@@ -133,10 +133,35 @@ __device__ __forceinline__ void write_chunks(const Params& p, Smem& smem, const 
 }
 
 /// Adds a product times the scales of this lane's two tokens.
-__device__ __forceinline__ void add(float (&sum)[64], const float (&product)[64], float first,
-                                    float second) {
+__device__ __forceinline__ void add(float (&sum)[64], const float (&product)[64], float2 by) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) sum[i] = fmaf(product[i], i % 4 < 2 ? first : second, sum[i]);
+  for (int i = 0; i < 64; ++i) sum[i] = fmaf(product[i], i % 4 < 2 ? by.x : by.y, sum[i]);
+}
+
+/// What a consumer needs to know of a stage.
+struct Operands {
+  uint32_t tokens, weights;  // descriptors of its tokens and of the first part
+  float2 token, weight;      // scales of this lane's two tokens and of the parts
+
+  __device__ __forceinline__ Operands(const Smem& smem, const Stages& in, int group, int row) {
+    tokens = wgmma::descriptor(in.stage() + 2 * kHalfBytes + group * (kTokens * 128));
+    weights = wgmma::descriptor(in.stage());
+    const float* scale = smem.scale[in.ring.slot][0];
+    token = make_float2(scale[row], scale[row + 8]);
+    // NOTE: row >> 30, a zero, keeps ptxas from waiting for the load to have it in uniform registers.
+    weight = smem.weight_scale[in.ring.slot + (row >> 30)];
+  }
+  __device__ __forceinline__ float2 scales(int part) const {
+    const float of_part = part == 0 ? weight.x : weight.y;
+    return make_float2(token.x * of_part, token.y * of_part);
+  }
+};
+
+/// Starts a product of 128 of k.
+__device__ __forceinline__ void multiply(float (&product)[64], uint32_t tokens, uint32_t weights) {
+  wgmma::fence();
+  wgmma::mma_e4m3<128>(product, tokens, weights, false);
+  wgmma::commit();
 }
 
 /// Warpgroups 1 and 2: products, promotion and epilogue.
@@ -157,26 +182,23 @@ __device__ __forceinline__ void consume(const Params& p, Smem& smem, const Work&
     float product[64];
 #pragma unroll
     for (int i = 0; i < 64; ++i) sum[0][i] = sum[1][i] = 0.0f;
+    Operands of(smem, in, group, row);
 #pragma unroll 1
-    for (int step = 0; step < work.steps; ++step) {
-      in.wait();
+    for (int left = work.steps; left > 0; --left) {
+      multiply(product, of.tokens, of.weights);
+      const float2 by[2] = {of.scales(0), of.scales(1)};
+      wgmma::wait<0>();
+      add(sum[0], product, by[0]);
+      multiply(product, of.tokens, of.weights + kHalfBytes / 16);
       const int slot = in.ring.slot;
-      const uint32_t tokens = in.stage() + 2 * kHalfBytes + group * (kTokens * 128);
-      const float first = smem.scale[slot][0][row], second = smem.scale[slot][0][row + 8];
-      const float2 weight = smem.weight_scale[slot];
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        wgmma::fence();
-        wgmma::mma_e4m3<128>(product, wgmma::descriptor(tokens),
-                             wgmma::descriptor(in.stage() + part * kHalfBytes), false);
-        wgmma::commit();
-        const float w = part == 0 ? weight.x : weight.y;
-        const float by_first = first * w, by_second = second * w;
-        wgmma::wait<0>();
-        if (part == 1) in.release(slot, lane);
-        add(sum[part], product, by_first, by_second);
-      }
       in.ring.advance();
+      if (left > 1) {  // while the product runs
+        in.wait();
+        of = Operands(smem, in, group, row);
+      }
+      wgmma::wait<0>();
+      in.release(slot, lane);
+      add(sum[1], product, by[1]);
     }
     if constexpr (ACTIVATED) {
       store_activated(p, smem, tile, sum, group, ptx::opaque(thread) % 128);
@@ -196,7 +218,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0) {
-      if (lane == 0) load_by_tma(p, smem, work);
+      if (ptx::elect_one()) load_by_tma(p, smem, work);
     } else if (warp == 3) {
       load_scales(p, smem, work, lane);
     } else if constexpr (GATHER) {

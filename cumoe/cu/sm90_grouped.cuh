@@ -16,7 +16,7 @@
 //           consume: two parts of 64 weight rows each.
 // Barriers  full[s]     TMA bytes, gathering threads, a kernel's own loaders; consumers wait
 //           empty[s]    8 * CLUSTER consumer warps of all blocks of the cluster; producers wait
-//           announced[i]  the first block's TMA loader, for all blocks of the cluster; all warps wait
+//           announced[i]  the TMA loader, and in a cluster the item's bytes from the first block; all warps wait
 //           seen[i]     all warps of all blocks, in the first block; that loader waits
 //           staged, drained[group][c]  a chunk of finished rows, between a consumer and its writer
 // From -D   GATED ACTIVATED (the epilogue is the activation; always with GATED) GATHER BLOCK_N NUM_STAGES NUM_CHUNKS CLUSTER
@@ -71,7 +71,8 @@ constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers;
 constexpr int kHalfBytes = 128 * 128;
 constexpr int kStageBytes = 2 * kHalfBytes + BLOCK_N * 128;
 constexpr int kBoxRows = BLOCK_N > 64 && BLOCK_N % 16 == 0 ? BLOCK_N / 2 : BLOCK_N;
-constexpr bool kWriters = !GATHER;  // warps 1 and 2 write finished rows
+constexpr int kBoxes = BLOCK_N / kBoxRows;  // of tokens
+constexpr bool kWriters = !GATHER;          // warps 1 and 2 write finished rows
 // Most tokens that are columns of products; with WHOLE_BLOCKS more of them are rows.
 constexpr int kColumns = WHOLE_BLOCKS ? 88 : BLOCK_N;
 constexpr int kChunkTokens = WHOLE_BLOCKS ? 64 : 32, kChunkBytes = kChunkTokens * 128;
@@ -226,31 +227,34 @@ struct Items {
                 : ptx::mbarrier_wait(announced, ring.phase);
     item = smem.items[ring.slot];
     if constexpr (!ALONE) __syncwarp();
-    if (lane == 0) {
+    if (lane == 0 && item >= -1) {  // always: see Stages::release
       const uint32_t seen = ptx::smem_address(&smem.seen[ring.slot]);
       if constexpr (CLUSTER == 1) {
         ptx::mbarrier_arrive(seen);
       } else {
-        ptx::mbarrier_arrive_release_cluster(ptx::mapa(seen, 0));
+        ptx::mbarrier_arrive_cluster(ptx::mapa(seen, 0));
       }
     }
     ring.advance();
   }
 };
 
-/// Tells all warps of the cluster what its next item is.
-__device__ __forceinline__ void announce(Shared& smem, Ring<2>& ring, int item) {
-  ring.wait(smem.seen, ring.phase ^ 1);
-  const uint32_t to = ptx::smem_address(&smem.items[ring.slot]);
+/// The TMA loader of every block, tile by tile: the first block's tells all warps of the cluster its next item.
+__device__ __forceinline__ void announce(Shared& smem, Ring<2>& ring, const Work& work, int next) {
+  const uint32_t item = ptx::smem_address(&smem.items[ring.slot]);
   const uint32_t announced = ptx::smem_address(&smem.announced[ring.slot]);
+  if (work.rank == 0) ring.wait(smem.seen, ring.phase ^ 1);
   if constexpr (CLUSTER == 1) {
-    smem.items[ring.slot] = item;
+    smem.items[ring.slot] = work.or_none(next);
     ptx::mbarrier_arrive(announced);
   } else {
+    // NOTE: stores and arrivals with release to other blocks would each be a fence of the whole GPU.
+    ptx::mbarrier_arrive_expect_tx(announced, sizeof(int));
 #pragma unroll
     for (int block = 0; block < CLUSTER; ++block) {
-      ptx::st_cluster_u32(ptx::mapa(to, block), static_cast<uint32_t>(item));
-      ptx::mbarrier_arrive_release_cluster(ptx::mapa(announced, block));
+      if (work.rank > 0) break;
+      ptx::st_async_cluster_u32(ptx::mapa(item, block), static_cast<uint32_t>(work.or_none(next)),
+                                ptx::mapa(announced, block));
     }
   }
   ring.advance();
@@ -293,13 +297,15 @@ __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const
           ptx::tma_load_5d_multicast(to, &p.w_map, full, 0x3, k, block, row, half, tile.expert);
         }
       }
-      for (int box = 0; box < boxes; ++box) {
+#pragma unroll
+      for (int box = 0; box < kBoxes; ++box) {
+        if (box >= boxes) break;
         ptx::tma_load_2d(stage + 2 * kHalfBytes + box * kBoxRows * 128, &p.a_map, full, step * 128,
                          tile.row0 + box * kBoxRows);
       }
-      if (step == 0 && work.rank == 0) {
-        announce(smem, queue, work.or_none(next));
-        next = clusters + atomicAdd(p.queue, 1);
+      if (step == 0) {
+        announce(smem, queue, work, next);
+        if (work.rank == 0) next = clusters + atomicAdd(p.queue, 1);
       }
     }
   }
@@ -368,13 +374,16 @@ struct Stages {
   }
   __device__ __forceinline__ uint32_t stage() const { return stages + ring.slot * kStageBytes; }
 
-  /// This warp is done with a stage: tells all blocks of the cluster.
-  __device__ __forceinline__ void release(int slot, int lane) const {
+  /// This warp is done with a stage: tells all blocks of the cluster. `read`, always true, depends on what
+  /// was read last of it.
+  /// NOTE: an arrival at another block's barrier does not wait for loads by itself, and one that releases to the
+  /// cluster would be a fence of the whole GPU; instructions wait for the condition, and it for the load.
+  __device__ __forceinline__ void release(int slot, int lane, bool read = true) const {
     __syncwarp();
     if constexpr (CLUSTER == 1) {
       if (lane == 0) ptx::mbarrier_arrive(released + 8 * slot);
     } else {
-      if (lane < CLUSTER) ptx::mbarrier_arrive_cluster(released + 8 * slot);
+      if (lane < CLUSTER && read) ptx::mbarrier_arrive_cluster(released + 8 * slot);
     }
   }
 

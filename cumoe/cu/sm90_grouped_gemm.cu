@@ -153,7 +153,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared& smem, const Wor
     const int rows = smem.tiles[in.ring.slot].z;
     sum_products<BLOCK_N>(accum, in, work.steps, rows, group, lane);
     const Tile tile(smem.tiles[in.ring.previous()]);
-    in.release(in.ring.previous(), lane);
+    in.release(in.ring.previous(), lane, tile.rows > 0);
     if constexpr (kFp8Rows) {
       store_e4m3(p, smem, tile, accum, chunks, group, ptx::opaque(thread));
     } else {
@@ -173,7 +173,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0) {
-      if (lane == 0) load_by_tma(p, smem, work);
+      if (ptx::elect_one()) load_by_tma(p, smem, work);
     } else if constexpr (GATHER) {
       gather_tokens<kGatherThreads>(p, smem, smem.full, work, threadIdx.x - kWarpSize);
     } else {

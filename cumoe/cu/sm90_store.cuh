@@ -48,7 +48,7 @@ __device__ __forceinline__ void write_chunk(const Params& p, const Tile& tile, c
                                             int token0, int column0, int lane) {
   if (ELEM_BYTES == 1 || token0 + kChunkTokens > tile.rows) {
     copy_chunk<ELEM_BYTES>(p, tile, chunk, token0, column0, lane, kWarpSize);
-  } else if (lane == 0 && column0 < p.n) {
+  } else if (column0 < p.n && ptx::elect_one()) {
     ptx::tma_store_2d(&p.out_map, ptx::smem_address(chunk), column0 * ELEM_BYTES,
                       tile.row0 + token0);
     ptx::cp_async_bulk_commit_group();

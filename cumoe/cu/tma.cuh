@@ -32,6 +32,15 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/// True in one thread of a converged warp, which ptxas then knows to be alone: it takes the operands of TMA
+/// instructions from uniform registers as they are, where it would loop over threads otherwise
+/// (PTX ISA, "elect.sync").
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
+  return elected != 0;
+}
+
 /// Arrives once (PTX ISA, "mbarrier.arrive").
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(barrier) : "memory");
@@ -44,17 +53,10 @@ __device__ __forceinline__ uint32_t mapa(uint32_t smem, uint32_t rank) {
   return remote;
 }
 
-/// Arrives once on a barrier of a block of the cluster, named by mapa. Orders nothing this thread wrote
-/// (PTX ISA, "mbarrier.arrive").
+/// Arrives once on a barrier of a block of the cluster, named by mapa. Orders nothing this thread wrote or
+/// loads (PTX ISA, "mbarrier.arrive").
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t remote) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
-}
-
-/// Arrives once on a barrier of a block of the cluster, named by mapa; what this thread wrote before is seen
-/// by who waits with mbarrier_wait_cluster (PTX ISA, "mbarrier.arrive").
-__device__ __forceinline__ void mbarrier_arrive_release_cluster(uint32_t remote) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote)
-               : "memory");
 }
 
 /// Arrives once when this thread's earlier cp.async copies have landed; the arrival counts among those
@@ -91,8 +93,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
   }
 }
 
-/// The same; then what other blocks of the cluster wrote before they arrived with
-/// mbarrier_arrive_release_cluster is seen (PTX ISA, "mbarrier.try_wait").
+/// The same; then what other blocks of the cluster stored with st_async_cluster_u32, completing on the barrier,
+/// is seen (PTX ISA, "mbarrier.try_wait").
 __device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, int parity) {
   uint32_t done;
   do {
@@ -188,11 +190,6 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 /// ISA, "st").
 __device__ __forceinline__ void st_cluster_f32(uint32_t remote, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
-}
-
-/// The same for a word; mbarrier_arrive_release_cluster makes it visible (PTX ISA, "st").
-__device__ __forceinline__ void st_cluster_u32(uint32_t remote, uint32_t value) {
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(value) : "memory");
 }
 
 /// Stores a word to shared memory of a block of the cluster and completes its four bytes on a barrier of the

@@ -1,4 +1,5 @@
-// ptx_hopper: two TMA boxes, wgmma on them, and stmatrix, in one warpgroup (sm_90a).
+// ptx_hopper: two TMA boxes, wgmma on them, stmatrix, and a thread elected of each warp, in one warpgroup
+// (sm_90a).
 //
 // Grid      one block of 128 threads.
 // smem      a (64, 128), b (64, 128) bytes with 128-byte swizzle, dynamic.
@@ -12,6 +13,7 @@ struct Params {
   uint8_t* boxes;          // (2, 64, 128): shared memory as the copies laid it out
   float* d;                // (64, 64): box 0 times box 1 transposed, e4m3
   uint16_t* transposed;    // (4, 32, 8): what stmatrix stored for the registers 4 * thread + i
+  int32_t* elected;        // (4,): threads of each warp
   int32_t coordinates[4];  // column and row of either box
 };
 
@@ -50,5 +52,6 @@ extern "C" __global__ void __launch_bounds__(128) ptx_hopper(const __grid_consta
   ptx::stmatrix_x4_trans(ptx::smem_address(matrices[warp][lane]), r, r + 0x20002u, r + 0x40004u,
                          r + 0x60006u);
   __syncthreads();
+  if (ptx::elect_one()) atomicAdd(p.elected + warp, 1);
   for (int k = 0; k < 8; ++k) p.transposed[(warp * 32 + lane) * 8 + k] = matrices[warp][lane][k];
 }

@@ -21,7 +21,7 @@ ROWS_MUTATIONS = {
             SCALES, "ring.wait(smem.landed, ring.phase);", "", KERNEL, case="gated"
         ),
         "wait for full": Mutation(
-            ROWS, "in.wait();\n      const int slot", "const int slot", case=DEEP
+            ROWS, "in.wait();\n        of =", "of =", case=DEEP
         ),
         "wait for the product": Mutation(
             ROWS, "wgmma::wait<0>();", "wgmma::wait<1>();", case="plain"
@@ -29,17 +29,20 @@ ROWS_MUTATIONS = {
         "fence": Mutation(ROWS, "wgmma::fence();", "", case="plain"),
         "commit": Mutation(ROWS, "wgmma::commit();", "", case="plain"),
         "release before the product": Mutation(
-            ROWS, "if (part == 1) in.release", "if (part == 0) in.release", case=DEEP
+            ROWS, "wgmma::wait<0>();\n      in.release(slot, lane);",
+            "in.release(slot, lane);\n      wgmma::wait<0>();", case=DEEP,
         ),
         "tokens of a consumer": Mutation(
             ROWS, "+ group * (kTokens * 128)", "+ group * (kTokens * 64)", case="shares"
         ),
-        "half of the weights": Mutation(ROWS, "part * kHalfBytes", "0", case="plain"),
+        "half of the weights": Mutation(
+            ROWS, "of.weights + kHalfBytes / 16", "of.weights", case="plain"
+        ),
         "scale of the second token": Mutation(
-            ROWS, "smem.scale[slot][0][row + 8]", "smem.scale[slot][0][row]", case="plain"
+            ROWS, "scale[row + 8]", "scale[row]", case="plain"
         ),
         "scales of two tokens": Mutation(
-            ROWS, "i % 4 < 2 ? first : second", "i % 2 < 1 ? first : second", case="plain"
+            ROWS, "i % 4 < 2 ? by.x : by.y", "i % 2 < 1 ? by.x : by.y", case="plain"
         ),
         "scale of the weights": Mutation(
             ROWS, "part == 0 ? weight.x", "part == 1 ? weight.x", case="gated"
@@ -98,7 +101,7 @@ ROWS_MUTATIONS = {
             ROWS, "if (tile.has_columns()) {", "if (false) {", case="clusters, columns"
         ),
         "columns: release": Mutation(
-            COLUMNS, "in.release(in.ring.previous(), lane);", "", KERNEL, case=DEEP
+            COLUMNS, "in.release(in.ring.previous(), lane, tile.rows > 0);", "", KERNEL, case=DEEP
         ),
         "columns: before the next staging": Mutation(
             COLUMNS, "if constexpr (WHOLE_BLOCKS) meet();", "", KERNEL,

@@ -21,6 +21,8 @@ inline void fence_mbarrier_init() {}
 
 inline void fence_proxy_async() {}
 
+inline bool elect_one() { return threadIdx.x % 32 == 0; }
+
 inline void mbarrier_arrive(uint32_t barrier, CUMOE_SITE) {
   cumoe_host::mbarrier_arrive(barrier, 0, -1, site);
 }
@@ -37,10 +39,6 @@ inline uint32_t mapa(uint32_t smem, uint32_t rank, CUMOE_SITE) {
 inline void mbarrier_arrive_cluster(uint32_t remote, CUMOE_SITE) {
   const int rank = static_cast<int>(remote >> 24) - 1;
   cumoe_host::mbarrier_arrive(remote & 0xffffffu, 0, rank, site);
-}
-
-inline void mbarrier_arrive_release_cluster(uint32_t remote, CUMOE_SITE) {
-  mbarrier_arrive_cluster(remote, site);
 }
 
 inline void cp_async_mbarrier_arrive_noinc(uint32_t barrier, CUMOE_SITE) {
@@ -112,13 +110,6 @@ inline void cp_async_bulk_wait_group(CUMOE_SITE) {
 inline uint32_t cluster_rank() { return cumoe_host::cluster_rank(); }
 
 inline void st_cluster_f32(uint32_t remote, float value, CUMOE_SITE) {
-  const uint32_t rank = remote >> 24;
-  if (rank == 0) cumoe_host::fail(site, "st.shared::cluster to 0x%x: not named by mapa", remote);
-  memcpy(cumoe_host::cluster_pointer(remote & 0xffffffu, rank - 1, 4, site), &value, 4);
-  cumoe_host::yield(site);
-}
-
-inline void st_cluster_u32(uint32_t remote, uint32_t value, CUMOE_SITE) {
   const uint32_t rank = remote >> 24;
   if (rank == 0) cumoe_host::fail(site, "st.shared::cluster to 0x%x: not named by mapa", remote);
   memcpy(cumoe_host::cluster_pointer(remote & 0xffffffu, rank - 1, 4, site), &value, 4);
