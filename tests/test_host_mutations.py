@@ -156,13 +156,16 @@ MUTATIONS = {
         SM90, "ring.wait(smem.seen, ring.phase ^ 1);", "", FP8, case=SHORT
     ),
     "sm90: items of the queue": Mutation(
-        SM90, "next = clusters + atomicAdd(p.queue, 1);", "next += 2 * clusters;", FP8,
+        SM90, "/ 8) next = clusters + atomicAdd(p.queue, 1);", "/ 8) next += clusters;", FP8,
         case="clusters, plain",
     ),
     "sm90: queue left as it was": Mutation(
         SM90, "p.queue[0] = p.queue[1] = 0", "p.queue[1] = 0", FP8, case="plain"
     ),
-    "sm90: multicast": Mutation(SM90, "full, 0x3,", "full, 0x1,", FP8, case="clusters, gated"),
+    "sm90: multicast": Mutation(SM90, "full, 0x3, k", "full, 0x1, k", FP8, case="clusters, gated"),
+    "sm90: multicast of tokens": Mutation(
+        SM90, "full, 0x3, step", "full, 0x1, step", FP8, case="clusters, plain"
+    ),
     "sm90: release of the other block": Mutation(
         SM90, "lane % CLUSTER", "0", FP8, case="clusters, plain"
     ),

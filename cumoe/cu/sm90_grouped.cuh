@@ -6,11 +6,12 @@
 // stage is 128 bytes of k.
 //
 // Grid      persistent clusters; each takes the next of the (row tile, weight tile) items, expert by expert,
-//           from a queue in device memory: so those with the same weights run at the same time, and
-//           find them in L2, however long each takes. The first item is the cluster's own. The CLUSTER
-//           blocks of one have neighbouring tokens of one expert and the same weights, of which each
-//           loads its share for both (multicast); where one block can take a tile's tokens, both have
-//           these and each its own weights, and every second item is nothing.
+//           from a queue in device memory, shortly before it is done with the last: so those with the
+//           same weights run at the same time, and find them in L2, however long each takes. The
+//           first item is the cluster's own. The CLUSTER blocks of one have neighbouring tokens of one
+//           expert and the same weights, of which each loads its share for both (multicast); where one
+//           block can take a tile's tokens, both have these, loaded likewise, and each its own
+//           weights, and every second item is nothing: passed over, unless it is a first one.
 // Block     warpgroup 0 produces: warp 0 loads by TMA, others gather tokens by cp.async (GATHER: a TMA
 //           of one row costs as much as one of 32) or write finished rows; warpgroups 1 and 2
 //           consume: two parts of 64 weight rows each.
@@ -267,13 +268,13 @@ __device__ __forceinline__ void arrive_warp(uint64_t& barrier, int lane) {
 }
 
 /// One thread: both weight halves of every stage, and the tokens where they lie in a row. That of a
-/// cluster's first block takes the items from the queue: the one after the next, which has come when it is
-/// announced.
+/// cluster's first block takes the items from the queue, so late that tiles begin in its order even after
+/// ones that took longer, in steps that leave each answer the time to come.
 __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const Work& work) {
   StageRing ring;
   Ring<2> queue;
   const int clusters = static_cast<int>(gridDim.x) / CLUSTER;
-  int next = work.rank == 0 ? clusters + atomicAdd(p.queue, 1) : 0;
+  int next = 0;
   Items<true> items(smem, work, 0);
   for (; items.left(); items.next()) {
     const Tile tile(p, items.item, work.rank);
@@ -300,13 +301,23 @@ __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const
 #pragma unroll
       for (int box = 0; box < kBoxes; ++box) {
         if (box >= boxes) break;
-        ptx::tma_load_2d(stage + 2 * kHalfBytes + box * kBoxRows * 128, &p.a_map, full, step * 128,
-                         tile.row0 + box * kBoxRows);
+        const uint32_t to = stage + 2 * kHalfBytes + box * kBoxRows * 128;
+        const int row = tile.row0 + box * kBoxRows;
+        if (CLUSTER == 1 || tile.shares) {
+          ptx::tma_load_2d(to, &p.a_map, full, step * 128, row);
+        } else if ((boxes > 1 ? box : step % 2) == work.rank) {
+          ptx::tma_load_2d_multicast(to, &p.a_map, full, 0x3, step * 128, row);
+        }
       }
-      if (step == 0) {
-        announce(smem, queue, work, next);
-        if (work.rank == 0) next = clusters + atomicAdd(p.queue, 1);
+      if (work.rank == 0) {
+        if (step == stages * 5 / 8) next = clusters + atomicAdd(p.queue, 1);
+        if (step == stages * 6 / 8) {
+          while (CLUSTER > 1 && next < work.count && Tile(p, next, 0).column_tile < 0) {
+            next = clusters + atomicAdd(p.queue, 1);
+          }
+        }
       }
+      if (step == stages * 7 / 8) announce(smem, queue, work, next);
     }
   }
   // The last cluster leaves the queue as it was found.

@@ -122,6 +122,17 @@ __device__ __forceinline__ void tma_load_2d(uint32_t smem, const TensorMap* map,
       : "memory");
 }
 
+/// Like tma_load_2d, to the same offset and barrier of every block of the cluster in `cta_mask`.
+__device__ __forceinline__ void tma_load_2d_multicast(uint32_t smem, const TensorMap* map,
+                                                      uint32_t barrier, uint16_t cta_mask, int c0,
+                                                      int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(smem),
+      "l"(map), "r"(barrier), "h"(cta_mask), "r"(c0), "r"(c1)
+      : "memory");
+}
+
 /// Copies a 5-D box to shared memory, completing on a barrier (PTX ISA, "cp.async.bulk.tensor").
 __device__ __forceinline__ void tma_load_5d(uint32_t smem, const TensorMap* map, uint32_t barrier,
                                             int c0, int c1, int c2, int c3, int c4) {

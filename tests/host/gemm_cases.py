@@ -358,7 +358,7 @@ GEMM90_FP8_CASES = [
     Case(
         "clusters, few rows, gated",
         gemm90(
-            FP8, cluster=2, num_sms=2, k=144, n=144, tile=48, order="up_gate_interleaved",
+            FP8, cluster=2, num_sms=4, k=144, n=144, tile=48, order="up_gate_interleaved",
             counts=(3, 0, 99, 8, 1),
         ),
     ),
@@ -368,7 +368,7 @@ GEMM90_FP8_CASES = [
     ),
     Case(
         "clusters that take more than a tile, rows in order",
-        gemm90(FP8, cluster=2, k=144, n=272, tile=8, block_n=8, counts=(40, 3)),
+        gemm90(FP8, cluster=2, num_sms=12, k=144, n=272, tile=8, block_n=8, counts=(40, 3)),
     ),
     Case("activated", gemm90(FP8, k=272, n=272, tile=40, activation=Activation("relu2"))),
     Case(
@@ -441,7 +441,7 @@ GEMM90_CASES = [
     Case(
         "clusters, few rows, gated",
         gemm90(
-            BF16, cluster=2, num_sms=2, k=72, n=136, tile=48, order="up_gate_interleaved",
+            BF16, cluster=2, num_sms=4, k=72, n=136, tile=48, order="up_gate_interleaved",
             counts=(3, 0, 99, 8, 1),
         ),
     ),

@@ -72,6 +72,13 @@ inline void tma_load_2d(uint32_t smem, const TensorMap* map, uint32_t barrier, i
   cumoe_host::tma_load(smem, map, barrier, c, 2, 0, site);
 }
 
+inline void tma_load_2d_multicast(uint32_t smem, const TensorMap* map, uint32_t barrier,
+                                  uint16_t cta_mask, int c0, int c1, CUMOE_SITE) {
+  if (cta_mask == 0) cumoe_host::fail(site, "multicast to no block");
+  const int c[] = {c0, c1};
+  cumoe_host::tma_load(smem, map, barrier, c, 2, cta_mask, site);
+}
+
 inline void tma_load_5d(uint32_t smem, const TensorMap* map, uint32_t barrier, int c0, int c1,
                         int c2, int c3, int c4, CUMOE_SITE) {
   const int c[] = {c0, c1, c2, c3, c4};
