@@ -97,6 +97,11 @@ HOPPER = params_dtype(
     + [("coordinates", I32, (4,))]
 )
 STORE = params_dtype([("map", TENSOR_MAP), ("row", POINTER), ("coordinates", I32, (4,))])
+CLUSTER = params_dtype(
+    [(n, TENSOR_MAP) for n in ("two", "five")]
+    + [(n, POINTER) for n in ("boxes", "words", "floats")]
+    + [(n, I32, (2,)) for n in ("rows", "columns")]
+)
 WGMMA = params_dtype([(n, POINTER) for n in ("w", "a", "d")])
 SYNC = params_dtype([(n, POINTER) for n in ("payload", "flags", "counters", "marks", "out")])
 WGMMA_SIZES = (8, 56, 104, 16, 88, 160)
@@ -186,6 +191,35 @@ def store(place: str) -> dict[str, np.ndarray]:
         map=encode,
         row=np.full(4200, 0xEE, np.uint8),
         coordinates=np.array([16, 24, 240, 100], np.int32).tolist(),
+    )
+
+
+def cluster(place: str, seed: int = 5) -> dict[str, np.ndarray]:
+    """Return the arrays of ``ptx_cluster`` for bytes (2, 40, 272); one box hangs over."""
+
+    def two(encode_map: Any, address: dict[str, int]) -> np.ndarray:
+        return encode_map(address["x"], "uint8", (40, 272), (272, 1), (8, 128))
+
+    def five(encode_map: Any, address: dict[str, int]) -> np.ndarray:
+        strides = (40 * 272, 272, 272, 272, 1)
+        return encode_map(address["x"], "uint8", (2, 1, 40, 1, 272), strides, (1, 1, 8, 1, 128))
+
+    return launch_on(
+        place,
+        "ptx_cluster",
+        CLUSTER,
+        128,
+        2,
+        smem=4096,
+        options=loader.HostOptions(seed=seed),
+        x=np.random.default_rng(8).integers(0, 256, (2, 40, 272)).astype(np.uint8),
+        two=two,
+        five=five,
+        boxes=np.full((2, 4, 8, 128), 0xEE, np.uint8),
+        words=np.full((2, 2), 0xEEEEEEEE, np.uint32),
+        floats=np.full((2, 128), np.nan, np.float32),
+        rows=np.array([8, 36], np.int32).tolist(),
+        columns=np.array([16, 160], np.int32).tolist(),
     )
 
 
@@ -321,6 +355,17 @@ class TestHost:
         assert (arrays["x"] == expected[:150, :320]).all()
         assert (arrays["row"][:4112] == smem[-4112:]).all() and (arrays["row"][4112:] == 0xEE).all()
 
+    def test_cluster(self):
+        for seed in range(8):
+            arrays = cluster("host", seed)
+            wide = np.pad(arrays["x"], ((0, 0), (0, 8), (0, 128)))
+            boxes = [wide[0, 8:16, 16:144], wide[1, 8:16, 160:288]]
+            boxes += [wide[0, 36:44, 16:144], wide[1, 36:44, 160:288]]
+            assert (arrays["boxes"] == np.stack([boxes, boxes])).all()
+            assert arrays["words"].tolist() == [[0, 1001], [1, 1000]]
+            half = np.arange(128, dtype=np.float32) / 2
+            assert (arrays["floats"] == np.stack([half + 1, half])).all()
+
     def test_sync(self):
         step, block, t = np.indices((4, 3, 64)).astype(np.uint32)
         x = 10000 * step + 1000 * ((block + 2) % 3) + t
@@ -382,6 +427,12 @@ class TestDevice:
     def test_sync(self):
         device, host = sync("device"), sync("host")
         for name in host:
+            np.testing.assert_array_equal(device[name], host[name])
+
+    def test_cluster(self):
+        require_hopper()
+        device, host = cluster("device"), cluster("host")
+        for name in ("boxes", "words", "floats"):
             np.testing.assert_array_equal(device[name], host[name])
 
     def test_store(self):
