@@ -162,19 +162,24 @@ SM90_MAX_STAGES = 6
 SM90_CHUNK_BYTES = 32 * 128  # finished rows on their way out: 64 bf16 columns of 32 tokens
 # accumulators and products in registers
 SM90_MAX_BLOCK_N = {"bfloat16": 176, "float8_e4m3fn": 88, FP8_TENSOR: 176}
-SM90_TILES = {"bfloat16": (8, 32, 128, 176, 288), "float8_e4m3fn": (8, 32, 88, 256)}
-SM90_TILES[FP8_TENSOR] = SM90_TILES["bfloat16"]  # one kernel
+_ONE_SUM_TILES = (8, 32, 128, 176, 288)  # of the kernel that has one sum for all of k
+SM90_TILES = {
+    "bfloat16": _ONE_SUM_TILES,
+    "float8_e4m3fn": (8, 32, 88, 256),
+    FP8_TENSOR: _ONE_SUM_TILES,
+}
 """Row tile heights that the Hopper kernels are compiled for: of one block, or of a pair."""
 SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4, FP8_TENSOR: 3}  # fp8 takes two at a time
 
 SM90_ROWS = 128
 """Tokens of a block of ``sm90_fp8_rows_grouped_gemm``, which no other fp8 kernel has."""
 
+_ONE_SUM_CHOICES = ((8, 32), (72, 128), (176, 176), (272, 288), (math.inf, 176))
 SM90_CHOICES = {
-    "bfloat16": ((8, 32), (72, 128), (176, 176), (640, 288), (math.inf, 176)),
+    "bfloat16": _ONE_SUM_CHOICES,
     "float8_e4m3fn": ((8, 32), (80, 88), (math.inf, 256)),
+    FP8_TENSOR: _ONE_SUM_CHOICES,
 }
-SM90_CHOICES[FP8_TENSOR] = SM90_CHOICES["bfloat16"]
 """The tile height up to a mean number of rows of an expert."""
 
 
@@ -332,13 +337,16 @@ def select_sm90_tile(num_tokens: int, top_k: int, num_experts: int, dtype: str) 
     2048 (64): 96 5662 / 6513, 128 5606 / 6342, 160 5571 / 6387
     3072 (96): 128 6051, 160 6052, 176 6052, 288 6308
     4096 (128): 160 6670 / 8396, 176 6445 / 8182
-    5120 (160): 160 8502, 176 7664, 288 8014
-    6144 (192): 160 9407 / 10307, 176 9434 / 10206, 288 8688 / 10299
-    8192 (256): 176 11534, 288 10666
-    16384 (512): 176 20105, 192 20123, 288 19692
-    bf16, others: Mixtral T = 512 (128): 160 805 / 918, 192 833 / 1019, 288 932 / 975; 2048 (512):
-    176 2622, 288 2473; 3072 (768): 176 3629, 288 3633; 4096 (1024): 176 4771, 288 4826; Qwen3
-    T = 8192 (512): 176 1173, 288 1201
+    5120 (160): 176 7417, 288 8187
+    6144 (192): 176 9690, 288 9206
+    8192 (256): 176 11101 / 12180, 288 10550 / 12247
+    10240 (320): 176 12768, 288 14861
+    12288 (384): 176 15766, 288 16700
+    14336 (448): 176 17418, 288 18773
+    16384 (512): 176 19412 / 20784, 288 19703 / 21254
+    bf16, others: Mixtral T = 512 (128): 160 805 / 918, 192 833 / 1019, 288 932 / 975; 2048 (512;
+    few tiles, which fill the last round better): 176 2499, 288 2370; 4096 (1024): 176 4540,
+    288 4653; Qwen3 T = 8192 (512): 176 1181, 288 1200
     """
     heights = SM90_TILES[dtype]
     mean = num_tokens * top_k / max(num_experts, 1)
