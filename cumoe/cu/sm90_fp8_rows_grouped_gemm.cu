@@ -87,19 +87,20 @@ __device__ __forceinline__ void store_activated(const Params& p, Smem& smem, con
 __device__ __forceinline__ void store_rounded(const Params& p, Smem& smem, const Tile& tile,
                                               const Sums& y, Ring<NUM_CHUNKS>& ring, int group,
                                               int thread) {
-  const int lane = thread % kWarpSize, token = thread / kWarpSize * 16 + lane / 4;
+  // Matrices of stmatrix: eight tokens and the next eight, of eight columns and of the next eight.
+  const int lane = thread % kWarpSize, token = thread / kWarpSize * 16 + lane % 16;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     uint8_t* chunk = smem.chunks[group][ring.slot];
     if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < 8; j += 2) {
       const float* values = y[c / 2] + (c % 2 * 8 + j) * 4;
+      uint32_t r[4];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        uint8_t* to = chunk + chunk_offset(token + 8 * h, j) + lane % 4 * 4;
-        *reinterpret_cast<uint32_t*>(to) = ptx::cvt_bf16x2_f32(values[2 * h], values[2 * h + 1]);
-      }
+      for (int i = 0; i < 4; ++i) r[i] = ptx::cvt_bf16x2_f32(values[2 * i], values[2 * i + 1]);
+      ptx::stmatrix_x4(ptx::smem_address(chunk + chunk_offset(token, j + lane / 16)), r[0], r[1],
+                       r[2], r[3]);
     }
     if constexpr (kWriters) {
       ptx::fence_proxy_async();
@@ -116,20 +117,18 @@ __device__ __forceinline__ void store_rounded(const Params& p, Smem& smem, const
 /// One warp writes what consumer `group` hands over.
 __device__ __forceinline__ void write_chunks(const Params& p, Smem& smem, const Work& work,
                                              int group, int lane) {
-  Ring<NUM_CHUNKS> ring;
+  Writer writer(p, smem, group, lane);
   for (Items<> items(smem, work, lane); items.left(); items.next()) {
     const Tile tile(p, items.item, work.rank);
     if (tile.has_columns()) {
-      write_tile(p, smem, tile, ring, group, lane);
+      write_tile(writer, tile);
       continue;
     }
-    for (int c = 0; c < 4; ++c, ring.advance()) {
-      ring.wait(smem.staged[group], ring.phase);
-      write_chunk(p, tile, smem.chunks[group][ring.slot], group * kTokens,
-                  tile.column_tile * 256 + c * 64, lane);
-      arrive_warp(smem.drained[group][ring.slot], lane);
+    for (int c = 0; c < 4; ++c) {
+      writer.write(tile, group * kTokens, tile.column_tile * 256 + c * 64);
     }
   }
+  writer.finish();
 }
 
 /// Adds a product times the scales of this lane's two tokens.

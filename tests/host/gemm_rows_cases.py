@@ -42,6 +42,10 @@ GEMM90_FP8_ROWS_CASES = [
         _rows90(num_sms=1, k=640, n=272, counts=(100, 3, 220), num_chunks=2),
     ),
     Case(
+        "stores on their way",
+        _rows90(num_sms=1, k=144, n=512, counts=(192, 128), num_chunks=2),
+    ),
+    Case(
         "one block, several tiles, gated",
         _rows90(num_sms=1, k=640, n=272, order="gate_up", counts=(100, 3, 220)),
     ),
@@ -53,7 +57,7 @@ GEMM90_FP8_ROWS_CASES = [
     ),
     Case(
         "clusters, few rows, gated",
-        _rows90(cluster=2, num_sms=2, k=272, n=400, order="up_gate", counts=(192, 193, 1, 110)),
+        _rows90(cluster=2, num_sms=4, k=272, n=400, order="up_gate", counts=(92, 193, 1, 110)),
     ),
     Case(
         "clusters, columns",

@@ -7,7 +7,7 @@ from tests.host.mutations import Mutation
 KERNEL = "sm90_fp8_rows_grouped_gemm"
 ROWS = f"{KERNEL}.cu"
 COMMON, SCALES = "sm90_grouped.cuh", "sm90_scales.cuh"
-COLUMNS = "sm90_columns.cuh"
+COLUMNS, STORE = "sm90_columns.cuh", "sm90_store.cuh"
 DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
 MEETS = "ptx::named_barrier_sync(1 + group, 128);"
 
@@ -66,7 +66,19 @@ ROWS_MUTATIONS = {
         "before the next staging": Mutation(ROWS, MEETS, "", case="activated", nth=1),
         "columns, fp8": Mutation(ROWS, "if (column < p.n) {", "{", case="gated"),
         "staged": Mutation(
-            ROWS, "ring.wait(smem.staged[group], ring.phase);", "", case="plain"
+            STORE, "ring.wait(smem.staged[group], ring.phase);", "", KERNEL, case="plain"
+        ),
+        "bulk stores have read": Mutation(
+            STORE, "wait_group_read<kInFlight>()", "wait_group_read<kInFlight + 1>()", KERNEL,
+            case="stores on their way",
+        ),
+        "bulk stores have read, at the end": Mutation(
+            STORE, "ptx::cp_async_bulk_wait_group_read<0>()", "(void)0", KERNEL,
+            case="stores on their way",
+        ),
+        "handed back too early": Mutation(
+            STORE, "ring.slot - kInFlight", "ring.slot - kInFlight + 1", KERNEL,
+            case="stores on their way",
         ),
         "drained": Mutation(
             ROWS, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",
