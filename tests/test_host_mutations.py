@@ -196,11 +196,10 @@ MUTATIONS = {
         SM90_STORE, "if (token0 + token >= tile.rows) break;", "", FP8, case="every remainder"
     ),
     "sm90: full chunks": Mutation(
-        SM90_STORE, "token0 + kChunkTokens <= tile.rows", "true", FP8, case="every remainder"
+        SM90_STORE, "token0 + kChunkTokens > tile.rows", "false", FP8, case="every remainder"
     ),
     "sm90: bulk store has read": Mutation(
-        SM90_STORE, "ptx::cp_async_bulk_wait_group_read<kInFlight>();", "", FP8,
-        case="plain, tile 80",
+        SM90_STORE, "ptx::cp_async_bulk_wait_group_read<0>();", "", FP8, case="plain, tile 80"
     ),
     "sm90: columns": Mutation(SM90_STORE, "if (column >= p.n) return;", "", FP8, case="plain"),
     "sm90: rows, fp8": Mutation(

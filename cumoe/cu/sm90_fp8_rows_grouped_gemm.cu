@@ -17,6 +17,7 @@
 using namespace cumoe;
 
 constexpr int kTokens = BLOCK_N / kConsumers;  // of a consumer
+constexpr int kWarpTokens = kTokens / 4;       // of one of its warps
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
 static_assert(BLOCK_N == 128, "m of the wgmma, twice");
@@ -27,16 +28,17 @@ static_assert(!ACTIVATED ||
 
 using Sums = float[2][64];  // of two parts of 128 columns
 
-/// Quantises and stores one part: 128 columns of the consumer's tokens, one scale a token. Four lanes have
+/// Quantises and stores one part, each warp its own tokens: 128 columns, one scale a token. Four lanes have
 /// a token; a lane's values 4 j + 2 h + c are of token lane / 4 + 8 h of its warp.
 __device__ __forceinline__ void store_quantised(const Params& p, Smem& smem, const Tile& tile,
                                                 float (&y)[64], int block, int group, int thread) {
-  const int lane = thread % kWarpSize, rows = min(tile.rows - group * kTokens, kTokens);
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const int rows = min(tile.rows - group * kTokens, kTokens);
   const int row0 = tile.row0 + group * kTokens;
   uint8_t* staging = smem.chunks[group][0];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int token = thread / kWarpSize * 16 + lane / 4 + 8 * h;
+    const int token = warp * kWarpTokens + lane / 4 + 8 * h;
     float amax = 0.0f;
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
@@ -58,16 +60,18 @@ __device__ __forceinline__ void store_quantised(const Params& p, Smem& smem, con
       *reinterpret_cast<uint16_t*>(to + 8 * j) = static_cast<uint16_t>(q);
     }
   }
-  ptx::named_barrier_sync(1 + group, 128);
-  const int column = block * 128 + thread % 8 * 16;
-  if (column < p.n) {
-    for (int token = thread / 8; token < rows; token += 16) {
+  __syncwarp();
+  const int column = block * 128 + lane % 8 * 16;
+#pragma unroll
+  for (int i = 0; i < kWarpTokens; i += 4) {
+    const int token = warp * kWarpTokens + i + lane / 8;
+    if (token < rows && column < p.n) {
       const int64_t at = static_cast<int64_t>(row0 + token) * p.n + column;
       *reinterpret_cast<uint4*>(static_cast<uint8_t*>(p.out) + at) =
-          *reinterpret_cast<const uint4*>(staging + token * kStageRow + thread % 8 * 16);
+          *reinterpret_cast<const uint4*>(staging + token * kStageRow + lane % 8 * 16);
     }
   }
-  ptx::named_barrier_sync(1 + group, 128);  // before the next part, or tile, is staged
+  __syncwarp();  // before the next part, or tile, is staged
 }
 
 /// Activation and quantisation: with GATED of gate and up, else of each part.
@@ -87,20 +91,19 @@ __device__ __forceinline__ void store_activated(const Params& p, Smem& smem, con
 __device__ __forceinline__ void store_rounded(const Params& p, Smem& smem, const Tile& tile,
                                               const Sums& y, Ring<NUM_CHUNKS>& ring, int group,
                                               int thread) {
-  // Matrices of stmatrix: eight tokens and the next eight, of eight columns and of the next eight.
-  const int lane = thread % kWarpSize, token = thread / kWarpSize * 16 + lane % 16;
+  const int lane = thread % kWarpSize, token = thread / kWarpSize * kWarpTokens + lane / 4;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     uint8_t* chunk = smem.chunks[group][ring.slot];
     if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {
+    for (int j = 0; j < 8; ++j) {
       const float* values = y[c / 2] + (c % 2 * 8 + j) * 4;
-      uint32_t r[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) r[i] = ptx::cvt_bf16x2_f32(values[2 * i], values[2 * i + 1]);
-      ptx::stmatrix_x4(ptx::smem_address(chunk + chunk_offset(token, j + lane / 16)), r[0], r[1],
-                       r[2], r[3]);
+      for (int h = 0; h < 2; ++h) {
+        uint8_t* to = chunk + chunk_offset(token + 8 * h, j) + lane % 4 * 4;
+        *reinterpret_cast<uint32_t*>(to) = ptx::cvt_bf16x2_f32(values[2 * h], values[2 * h + 1]);
+      }
     }
     if constexpr (kWriters) {
       ptx::fence_proxy_async();
@@ -117,18 +120,20 @@ __device__ __forceinline__ void store_rounded(const Params& p, Smem& smem, const
 /// One warp writes what consumer `group` hands over.
 __device__ __forceinline__ void write_chunks(const Params& p, Smem& smem, const Work& work,
                                              int group, int lane) {
-  Writer writer(p, smem, group, lane);
+  Ring<NUM_CHUNKS> ring;
   for (Items<> items(smem, work, lane); items.left(); items.next()) {
     const Tile tile(p, items.item, work.rank);
     if (tile.has_columns()) {
-      write_tile(writer, tile);
+      write_tile(p, smem, tile, ring, group, lane);
       continue;
     }
-    for (int c = 0; c < 4; ++c) {
-      writer.write(tile, group * kTokens, tile.column_tile * 256 + c * 64);
+    for (int c = 0; c < 4; ++c, ring.advance()) {
+      ring.wait(smem.staged[group], ring.phase);
+      write_chunk(p, tile, smem.chunks[group][ring.slot], group * kTokens,
+                  tile.column_tile * 256 + c * 64, lane);
+      arrive_warp(smem.drained[group][ring.slot], lane);
     }
   }
-  writer.finish();
 }
 
 /// Adds a product times the scales of this lane's two tokens.

@@ -42,47 +42,19 @@ __device__ __forceinline__ void copy_chunk(const Params& p, const Tile& tile, co
   }
 }
 
-/// One warp that takes the chunks of a consumer to their rows: by TMA, if they are full. A chunk is handed
-/// back when the stores of kInFlight others are on their way, too.
-struct Writer {
-  static constexpr int kInFlight = NUM_CHUNKS / 2;
-  const Params& p;
-  Shared& smem;
-  const int group, lane;
-  Ring<NUM_CHUNKS> ring;
-  int in_flight = 0;
-
-  __device__ __forceinline__ Writer(const Params& p_, Shared& smem_, int group_, int lane_)
-      : p(p_), smem(smem_), group(group_), lane(lane_) {}
-
-  /// The next chunk: tokens from `token0` of the tile, columns from `column0`.
-  template <int ELEM_BYTES = 2>
-  __device__ __forceinline__ void write(const Tile& tile, int token0, int column0) {
-    const uint8_t* chunk = smem.chunks[group][ring.slot];
-    const bool full = ELEM_BYTES == 2 && token0 + kChunkTokens <= tile.rows;
-    ring.wait(smem.staged[group], ring.phase);
-    if (!full) copy_chunk<ELEM_BYTES>(p, tile, chunk, token0, column0, lane, kWarpSize);
-    if (ptx::elect_one()) {
-      if (full && column0 < p.n) {
-        ptx::tma_store_2d(&p.out_map, ptx::smem_address(chunk), column0 * 2, tile.row0 + token0);
-      }
-      ptx::cp_async_bulk_commit_group();
-      ptx::cp_async_bulk_wait_group_read<kInFlight>();
-    }
-    if (in_flight == kInFlight) {
-      const int slot = ring.slot - kInFlight;
-      arrive_warp(smem.drained[group][slot < 0 ? slot + NUM_CHUNKS : slot], lane);
-    } else {
-      ++in_flight;
-    }
-    ring.advance();
+/// One warp takes a chunk to its rows: by TMA, if it is full.
+template <int ELEM_BYTES = 2>
+__device__ __forceinline__ void write_chunk(const Params& p, const Tile& tile, const uint8_t* chunk,
+                                            int token0, int column0, int lane) {
+  if (ELEM_BYTES == 1 || token0 + kChunkTokens > tile.rows) {
+    copy_chunk<ELEM_BYTES>(p, tile, chunk, token0, column0, lane, kWarpSize);
+  } else if (column0 < p.n && ptx::elect_one()) {
+    ptx::tma_store_2d(&p.out_map, ptx::smem_address(chunk), column0 * ELEM_BYTES,
+                      tile.row0 + token0);
+    ptx::cp_async_bulk_commit_group();
+    ptx::cp_async_bulk_wait_group_read<0>();
   }
-
-  /// Shared memory has been read: the block may end.
-  __device__ __forceinline__ void finish() {
-    if (ptx::elect_one()) ptx::cp_async_bulk_wait_group_read<0>();
-  }
-};
+}
 
 constexpr int kParts = GATED ? 1 : 2;  // of finished rows
 
@@ -141,12 +113,16 @@ __device__ __forceinline__ void store_bf16(const Params& p, Shared& smem, const 
   }
 }
 
-/// What a consumer hands over of a tile.
+/// One warp writes what consumer `group` hands over of a tile.
 template <int ELEM_BYTES = 2>
-__device__ __forceinline__ void write_tile(Writer& writer, const Tile& tile) {
+__device__ __forceinline__ void write_tile(const Params& p, Shared& smem, const Tile& tile,
+                                           Ring<NUM_CHUNKS>& ring, int group, int lane) {
   for (int part = 0; part < kParts; ++part) {
-    for (int token0 = 0; token0 < tile.rows; token0 += kChunkTokens) {
-      writer.write<ELEM_BYTES>(tile, token0, first_column(tile, part, writer.group));
+    for (int token0 = 0; token0 < tile.rows; token0 += kChunkTokens, ring.advance()) {
+      ring.wait(smem.staged[group], ring.phase);
+      write_chunk<ELEM_BYTES>(p, tile, smem.chunks[group][ring.slot], token0,
+                              first_column(tile, part, group), lane);
+      arrive_warp(smem.drained[group][ring.slot], lane);
     }
   }
 }
@@ -155,11 +131,10 @@ __device__ __forceinline__ void write_tile(Writer& writer, const Tile& tile) {
 template <int ELEM_BYTES = 2>
 __device__ __forceinline__ void write_rows(const Params& p, Shared& smem, const Work& work,
                                            int group, int lane) {
-  Writer writer(p, smem, group, lane);
+  Ring<NUM_CHUNKS> ring;
   for (Items<> items(smem, work, lane); items.left(); items.next()) {
-    write_tile<ELEM_BYTES>(writer, Tile(p, items.item, work.rank));
+    write_tile<ELEM_BYTES>(p, smem, Tile(p, items.item, work.rank), ring, group, lane);
   }
-  writer.finish();
 }
 
 }  // namespace cumoe

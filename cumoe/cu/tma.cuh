@@ -247,15 +247,6 @@ __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-/// Stores four 8x8 matrices of 16-bit elements, of which lane l has row l / 4, columns 2 * (l % 4) and the next;
-/// it gives the address of row l % 8 of matrix l / 8 (PTX ISA, "stmatrix").
-__device__ __forceinline__ void stmatrix_x4(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2,
-                                            uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
-               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-               : "memory");
-}
-
 /// Stores four 8x8 matrices of 16-bit elements transposed; lane l gives the address of row l % 8 of
 /// matrix l / 8 (PTX ISA, "stmatrix").
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t smem, uint32_t r0, uint32_t r1,

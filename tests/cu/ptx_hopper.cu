@@ -12,8 +12,7 @@ struct Params {
   TensorMap map;           // uint8 in boxes of (64, 128), 128-byte swizzle
   uint8_t* boxes;          // (2, 64, 128): shared memory as the copies laid it out
   float* d;                // (64, 64): box 0 times box 1 transposed, e4m3
-  uint16_t* stored;        // (4, 32, 8): what stmatrix stored for the registers 4 * thread + i
-  uint16_t* transposed;    // the same transposed
+  uint16_t* transposed;    // (4, 32, 8): what stmatrix stored for the registers 4 * thread + i
   int32_t* elected;        // (4,): threads of each warp
   int32_t coordinates[4];  // column and row of either box
 };
@@ -50,11 +49,6 @@ extern "C" __global__ void __launch_bounds__(128) ptx_hopper(const __grid_consta
   }
 
   const uint32_t r = 0x10001u * (8 * t) + 0x10000u;
-  ptx::stmatrix_x4(ptx::smem_address(matrices[warp][lane]), r, r + 0x20002u, r + 0x40004u,
-                   r + 0x60006u);
-  __syncthreads();
-  for (int k = 0; k < 8; ++k) p.stored[(warp * 32 + lane) * 8 + k] = matrices[warp][lane][k];
-  __syncthreads();
   ptx::stmatrix_x4_trans(ptx::smem_address(matrices[warp][lane]), r, r + 0x20002u, r + 0x40004u,
                          r + 0x60006u);
   __syncthreads();

@@ -42,10 +42,6 @@ GEMM90_FP8_ROWS_CASES = [
         _rows90(num_sms=1, k=640, n=272, counts=(100, 3, 220), num_chunks=2),
     ),
     Case(
-        "stores on their way",
-        _rows90(num_sms=1, k=144, n=512, counts=(192, 128), num_chunks=2),
-    ),
-    Case(
         "one block, several tiles, gated",
         _rows90(num_sms=1, k=640, n=272, order="gate_up", counts=(100, 3, 220)),
     ),

@@ -7,9 +7,8 @@ from tests.host.mutations import Mutation
 KERNEL = "sm90_fp8_rows_grouped_gemm"
 ROWS = f"{KERNEL}.cu"
 COMMON, SCALES = "sm90_grouped.cuh", "sm90_scales.cuh"
-COLUMNS, STORE = "sm90_columns.cuh", "sm90_store.cuh"
+COLUMNS = "sm90_columns.cuh"
 DEEP, DEEP_GATED = "one block, several tiles", "one block, several tiles, gated"
-MEETS = "ptx::named_barrier_sync(1 + group, 128);"
 
 ROWS_MUTATIONS = {
     f"rows: {name}": mutation
@@ -62,23 +61,10 @@ ROWS_MUTATIONS = {
         "scale past the last column": Mutation(
             ROWS, "token < rows && block * 128 < p.n", "token < rows", case="activated"
         ),
-        "after the staging": Mutation(ROWS, MEETS, "", case="gated"),
-        "before the next staging": Mutation(ROWS, MEETS, "", case="activated", nth=1),
-        "columns, fp8": Mutation(ROWS, "if (column < p.n) {", "{", case="gated"),
+        "after the staging": Mutation(ROWS, "__syncwarp();\n  const", "const", case="gated"),
+        "columns, fp8": Mutation(ROWS, "&& column < p.n) {", ") {", case="gated"),
         "staged": Mutation(
-            STORE, "ring.wait(smem.staged[group], ring.phase);", "", KERNEL, case="plain"
-        ),
-        "bulk stores have read": Mutation(
-            STORE, "wait_group_read<kInFlight>()", "wait_group_read<kInFlight + 1>()", KERNEL,
-            case="stores on their way",
-        ),
-        "bulk stores have read, at the end": Mutation(
-            STORE, "ptx::cp_async_bulk_wait_group_read<0>()", "(void)0", KERNEL,
-            case="stores on their way",
-        ),
-        "handed back too early": Mutation(
-            STORE, "ring.slot - kInFlight", "ring.slot - kInFlight + 1", KERNEL,
-            case="stores on their way",
+            ROWS, "ring.wait(smem.staged[group], ring.phase);", "", case="plain"
         ),
         "drained": Mutation(
             ROWS, "if constexpr (kWriters) ring.wait(smem.drained[group], ring.phase ^ 1);", "",

@@ -158,16 +158,15 @@ inline void setmaxnreg_inc(CUMOE_SITE) {
   setmaxnreg_dec<N>(site);
 }
 
-/// Stores four matrices of which this lane has two elements of a row each, or with TRANSPOSED of a column.
-template <bool TRANSPOSED>
-inline void store_matrices(uint32_t smem, const uint32_t (&r)[4], cumoe_host::Site site) {
+inline void stmatrix_x4_trans(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3,
+                              CUMOE_SITE) {
   if (smem % 16) cumoe_host::fail(site, "stmatrix to shared 0x%x: not 16-byte aligned", smem);
   struct Operands {
     unsigned char* row;
     uint32_t r[4];
   };
   auto* row = static_cast<unsigned char*>(cumoe_host::shared_pointer(smem, 16, site));
-  Operands o = {row, {r[0], r[1], r[2], r[3]}};
+  Operands o = {row, {r0, r1, r2, r3}};
   cumoe_host::collective(
       "stmatrix", 0xffffffffu, &o,
       [](void* const* lanes, unsigned) {
@@ -175,26 +174,15 @@ inline void store_matrices(uint32_t smem, const uint32_t (&r)[4], cumoe_host::Si
           for (int matrix = 0; matrix < 4; ++matrix) {
             const uint32_t r = static_cast<Operands*>(lanes[lane])->r[matrix];
             for (int e = 0; e < 2; ++e) {
-              const int i = lane / 4, j = 2 * (lane % 4) + e;
-              const int row = TRANSPOSED ? j : i, column = TRANSPOSED ? i : j;
-              const auto* owner = static_cast<Operands*>(lanes[8 * matrix + row]);
+              // The fragment's row and column change places.
+              const auto* owner = static_cast<Operands*>(lanes[8 * matrix + 2 * (lane % 4) + e]);
               const uint16_t element = static_cast<uint16_t>(r >> (16 * e));
-              memcpy(owner->row + 2 * column, &element, 2);
+              memcpy(owner->row + 2 * (lane / 4), &element, 2);
             }
           }
         }
       },
       true, site);
-}
-
-inline void stmatrix_x4(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3,
-                        CUMOE_SITE) {
-  store_matrices<false>(smem, {r0, r1, r2, r3}, site);
-}
-
-inline void stmatrix_x4_trans(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3,
-                              CUMOE_SITE) {
-  store_matrices<true>(smem, {r0, r1, r2, r3}, site);
 }
 
 }  // namespace ptx
