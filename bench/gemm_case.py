@@ -241,13 +241,17 @@ def _make_planned(
     x: Array,
     a: Array | Quantized,
 ) -> Case:
-    """Plan a layer call with given routing; the stages before the GEMMs run once, here."""
+    """Plan a layer call with given routing; the stages before the GEMMs run once, here.
+
+    Tokens come quantised, as for the peers: GEMM1 gathers them, or begins with a copy to their
+    rows, where a layer that quantises them writes these at once.
+    """
     from cumoe.layer_call import check_call, check_layer
     from cumoe.plan import DevicePlan, Workspace, expert_buffers
 
     spec = check_layer(weights, None, None, activation, None, 0)
     topk = TopK(xp.asarray(ids), xp.full(ids.shape, 1.0 / ids.shape[1], np.float32))
-    call = check_call(spec, x, None, topk, None, False, None, None)
+    call = check_call(spec, a, None, topk, None, False, None, None)
     workspace = Workspace(x)
     plan = DevicePlan(spec, call, workspace)
     plan.run(call, xp.cuda.get_current_stream().ptr)
@@ -257,7 +261,7 @@ def _make_planned(
         act = Quantized(act, workspace.take("act_scale", *buffers["act_scale"]))
     permuted_idx = to_host(plan.permutation.permuted_idx).ravel()
     stages = {name: planned_stage(plan.stages[name]) for name in GEMMS}
-    keep = (workspace, topk)  # launches hold addresses only
+    keep = (workspace, topk, a)  # launches hold addresses only
     stages["gemm2"] = lambda i, run=stages["gemm2"], keep=keep: run(i)  # type: ignore[misc]
     configs = {name: str(config) for name, config in plan.configs.items()}
     return Case(

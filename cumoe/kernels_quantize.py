@@ -52,17 +52,23 @@ def _grid(num_rows: int, rows: int, lanes: int) -> tuple[int, int, int]:
     return (-(-(-(-num_rows // rows) * lanes) // THREADS), 1, 1)
 
 
-def block_spec(input_dtype: str) -> KernelSpec:
-    """Return the 1 x 128 quantiser for an input dtype."""
-    return KernelSpec("quantize_fp8_block", (("INPUT_TYPE", TYPES[input_dtype]),))
+def block_spec(input_dtype: str, permuted: bool = False) -> KernelSpec:
+    """Return the 1 x 128 quantiser for an input dtype, of rows as they are or permuted."""
+    defines = (("INPUT_TYPE", TYPES[input_dtype]), ("PERMUTED", int(permuted)))
+    return KernelSpec("quantize_fp8_block", defines)
 
 
-def quantize_fp8_block(x: Array, values: Array, scale: Array) -> Launch:
-    """Launch for 1 x 128 quantisation of a 2-D array."""
+def quantize_fp8_block(
+    x: Array, values: Array, scale: Array, permuted_idx: Array | None = None
+) -> Launch:
+    """Launch for 1 x 128 quantisation of a 2-D array.
+
+    With `permuted_idx`, (num_rows, slots), row i goes to all rows ``permuted_idx[i]`` but -1.
+    """
     num_rows, num_columns = x.shape
     row_stride, block_stride = scale_strides(scale)
     return make(
-        block_spec(dtype_name(x)),
+        block_spec(dtype_name(x), permuted_idx is not None),
         _grid(num_rows, 1, blocks(num_columns) * (128 // LANE_ELEMS)),
         THREADS,
         x=x,
@@ -73,6 +79,8 @@ def quantize_fp8_block(x: Array, values: Array, scale: Array) -> Launch:
         num_rows=num_rows,
         num_columns=num_columns,
         num_blocks=blocks(num_columns),
+        permuted_idx=permuted_idx,
+        slots=0 if permuted_idx is None else permuted_idx.shape[1],
     )
 
 

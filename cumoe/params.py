@@ -94,6 +94,8 @@ PARAMS: dict[str, np.dtype] = {
         *_fields(_POINTER, "x values scale"),
         *_fields(_I64, "scale_row_stride scale_block_stride num_rows"),
         *_fields(_I32, "num_columns num_blocks"),
+        ("permuted_idx", _POINTER),
+        *_fields(_I32, "slots unused_"),
     ),
     "quantize_fp8_ue8m0": _struct(
         *_fields(_POINTER, "x values scale"),

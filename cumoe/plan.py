@@ -70,7 +70,8 @@ class DevicePlan:
     ----------
     stages : dict of str to list of Launch
         In order: routing (with the permutation), quantize, gemm1, gemm2, finalize; absent ones have
-        nothing to do. gemm1 may begin with the copy of the tokens to their rows.
+        nothing to do. With many tokens they are put in expert order by quantize, or by a copy that
+        gemm1 begins with.
     parts : ExpertParts
         Rows, weights and row indices before the sum; buffers of the workspace or the call's own
         arrays.
@@ -158,37 +159,44 @@ class DevicePlan:
     def _plan_experts(self, call: LayerCall, topk_weights: Array, workspace: Workspace) -> Array:
         spec, p = self._spec, self.permutation
         buffers = expert_buffers(spec, call.num_tokens, p.max_rows)
-        arrays = {name: workspace.take(name, *kind) for name, kind in buffers.items()}
-        x, x_scale = call.x, call.x_scale
-        if spec.fp8 and x_scale is None:
-            x = arrays["xq"]
-            x_scale = spec.weights.x_scale if spec.tensors else arrays["xq_scale"]
-            if spec.tensors:
-                item = kernels_quantize.quantize_fp8_tensor(call.x, x, x_scale, None)
-            else:
-                item = kernels_quantize.quantize_fp8_block(call.x, x, x_scale)
-            self._bind("x", item, "x")
-            self.stages["quantize"] = [item]
-        if p.max_tiles == 0:
-            return arrays["rows"]
-        act = Rows(arrays["act"], arrays.get("act_scale", spec.weights.act_scale))
-        queues = workspace.take("queues", (2, 2), "int32", zeros=True)
-        source, copies = Rows(x, x_scale), []
-        if spec.copies_rows(call.num_tokens, p.permuted_idx.shape[1], self._device.arch):
+
+        def take(name: str) -> Any:
+            return workspace.take(name, *buffers[name]) if name in buffers else None
+
+        rows = take("rows")
+        quantizes = spec.fp8 and call.x_scale is None
+        columns = p.permuted_idx.shape[1]
+        in_order = spec.copies_rows(call.num_tokens, columns, self._device.arch, quantizes)
+        source, copies = Rows(call.x, call.x_scale), []
+        if in_order:
             # The second GEMM's rows are written when the first has read these: the same memory.
             kind = FP8 if spec.fp8 else "bfloat16"
-            ordered = workspace.take("rows", arrays["rows"].shape, kind)
-            source = Rows(ordered, arrays.get("rows_scale"))
-            copies = [kernels.permute_rows(x, x_scale, p.permuted_idx, *source)]
+            source = Rows(workspace.take("rows", rows.shape, kind), take("rows_scale"))
+        elif quantizes:
+            source = Rows(take("xq"), spec.weights.x_scale if spec.tensors else take("xq_scale"))
+        if quantizes:
+            permuted_idx = p.permuted_idx if in_order else None
+            if spec.tensors:
+                item = kernels_quantize.quantize_fp8_tensor(call.x, *source, None)
+            else:
+                item = kernels_quantize.quantize_fp8_block(call.x, *source, permuted_idx)
+            self._bind("x", item, "x")
+            self.stages["quantize"] = [item]
+        elif in_order:
+            copies = [kernels.permute_rows(call.x, call.x_scale, p.permuted_idx, *source)]
+        if p.max_tiles == 0:
+            return rows
+        act = Rows(take("act"), take("act_scale") if not spec.tensors else spec.weights.act_scale)
+        queues = workspace.take("queues", (2, 2), "int32", zeros=True)
         gemm1, gemm2 = self._plan_gemms(
-            source, act, arrays["rows"], topk_weights, call.weights_dtype(spec), queues, not copies
+            source, act, rows, topk_weights, call.weights_dtype(spec), queues, not in_order
         )
         self._gemm1, self._reader = gemm1, (*copies, gemm1)[0]
-        if x is call.x:
+        if not quantizes:
             self._bind("x", self._reader, "a")
             self._bind("x_scale", self._reader, "a_scale")
         self.stages["gemm1"], self.stages["gemm2"] = [*copies, gemm1], [gemm2]
-        return arrays["rows"]
+        return rows
 
     def _plan_gemms(
         self,

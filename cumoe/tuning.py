@@ -356,17 +356,27 @@ def select_sm90_tile(num_tokens: int, top_k: int, num_experts: int, dtype: str) 
 
 
 def copies_rows(
-    num_tokens: int, top_k: int, num_experts: int, intermediate_size: int, dtype: str
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    intermediate_size: int,
+    dtype: str,
+    quantizes: bool = False,
 ) -> bool:
-    """Tell whether the Hopper GEMM1 is faster with its tokens copied to expert order beforehand.
+    """Tell whether the Hopper GEMM1 is faster with its tokens in expert order beforehand.
 
     Gathered tokens come to shared memory by ``cp.async``, which holds up the tensor cores' operands
     where these are what limits: from 256 tokens an expert on. The copy takes the less of the time
-    the more columns there are.
+    the more columns there are. If the layer `quantizes` its tokens, that writes them in order,
+    which takes less than a copy of its own.
 
-    H200 under load, GEMM1 in us, gathered / in expert order: fp8 DeepSeek-V3 T = 16384 8543 / 7989,
-    Mixtral 7307 / 6824; bf16 DeepSeek-V3 14035 / 12503, Mixtral 12120 / 11140, T = 4096 3245 /
-    2951.
+    H200 under load, GEMM1 in us, gathered / in expert order, with the copy: fp8 DeepSeek-V3
+    T = 16384 8543 / 7989, Mixtral 7307 / 6824; bf16 DeepSeek-V3 14035 / 12503, Mixtral 12120 /
+    11140, T = 4096 3245 / 2951. Quantisation and GEMM1, L2 flushed: DeepSeek-V3 T = 16384 7655 /
+    6619, 8192 3893 / 3683, 4096 2363 / 2333 (back to back with GEMM2 4266 / 4229, Zipf 1.2 4611 /
+    4475), 3072 1948 / 1960; Mixtral 1024 583 / 485, 512 407 / 385; Qwen3 16384 811 / 808, 4096
+    254 / 252.
     """
     mean = num_tokens * top_k / max(num_experts, 1)
-    return dtype in ("bfloat16", "float8_e4m3fn") and mean >= 256 and intermediate_size >= 1536
+    least = 128 if quantizes else 256
+    return dtype in ("bfloat16", "float8_e4m3fn") and mean >= least and intermediate_size >= 1536

@@ -186,7 +186,11 @@ class TestCase:
             parts = [getattr(made, n) for n in names if getattr(made, n) is not None]
             weights = cumoe.ExpertWeights(*map(arena.array, parts), gate_up_order="gate_up")
             x = arena.array(gemm_case.random_bf16(np, (21, TINY.hidden_size), 5)).view(OnDevice)
-            a = cumoe.quantize_fp8_block(np.asarray(x)) if recipe == "fp8_block" else x
+            a = x
+            if recipe == "fp8_block":
+                q = cumoe.quantize_fp8_block(np.asarray(x))
+                values = arena.array(q.values).view(OnDevice)
+                a = cumoe.Quantized(values, arena.array(q.scale))
             with (
                 mock.patch("cumoe.plan.get_device", lambda ordinal: device),
                 mock.patch("cumoe.grouped_gemm.get_device", lambda ordinal: device),

@@ -141,6 +141,7 @@ def quantize_specs() -> Iterator[Shipped]:
         for columns in (8, 2048, 2880, 7168, 70000):
             yield Shipped(kernels_quantize.token_spec(dtype, columns))
         yield Shipped(kernels_quantize.block_spec(dtype))
+        yield Shipped(kernels_quantize.block_spec(dtype, permuted=True))
         for group_size in microscaling.GROUP_SIZES:
             yield Shipped(kernels_quantize.ue8m0_spec(dtype, group_size))
         for rows in (1, kernels_quantize.UNIT_ROWS[x.dtype.itemsize]):

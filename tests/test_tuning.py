@@ -248,3 +248,13 @@ class TestHopper:
         """The choices that the measurements in its docstring are about."""
         chosen = {t: tuning.select_sm90_tile(t, 8, 256, dtype) for t in heights}
         assert chosen == heights
+
+
+def test_copies_rows():
+    """From 256 rows an expert on, from 128 where quantisation writes them; not for few columns."""
+    for dtype, quantizes, least in ((BF16, False, 256), (FP8, False, 256), (FP8, True, 128)):
+        for size in (1536, 2048):
+            assert tuning.copies_rows(32 * least, 8, 256, size, dtype, quantizes)
+            assert not tuning.copies_rows(32 * least - 1, 8, 256, size, dtype, quantizes)
+        assert not tuning.copies_rows(1 << 20, 8, 256, 768, dtype, quantizes)
+    assert not tuning.copies_rows(1 << 20, 8, 256, 2048, TENSOR, True)

@@ -172,14 +172,19 @@ def kernel_specs(
     """
     spec = _layer_spec(shape, recipe)
 
-    def tile_and_gather(num_tokens: int) -> tuple[int, bool]:
-        asked = (num_tokens, shape.total_top_k, arch)
-        return spec.select_tile(*asked), not spec.copies_rows(*asked)
+    def reads_of(numbers: range) -> set[tuple[int, bool]]:
+        """Return tile heights, and whether rows are gathered, from bfloat16 and from fp8 tokens."""
+        asked = [(num_tokens, shape.total_top_k, arch) for num_tokens in numbers]
+        return {
+            (spec.select_tile(*a), not spec.copies_rows(*a, quantizes))
+            for a in asked
+            for quantizes in {False, recipe == "fp8_block"}
+        }
 
     if max_num_tokens is not None:
-        reads = {tile_and_gather(t) for t in range(min_num_tokens, max_num_tokens + 1)}
+        reads = reads_of(range(min_num_tokens, max_num_tokens + 1))
     else:
-        reads = {tile_and_gather(t) for t in range(1, 1 << 17, 64)}
+        reads = reads_of(range(1, 1 << 17, 64))
         reads |= {(tile, True) for tile in spec.tiles(arch)}
     specs = [*_routing_specs(spec, shape, arch), *_rows_specs(recipe)]
     weights = ("float32", "bfloat16") if spec.weights_on_input else ("float32",)
@@ -188,6 +193,8 @@ def kernel_specs(
             specs += gemm_specs(spec, tile, arch, dtype, gather)
         if not gather:
             specs.append(KernelSpec("permute_rows"))
+            if recipe == "fp8_block":
+                specs.append(kernels_quantize.block_spec("bfloat16", permuted=True))
     return list(dict.fromkeys(specs))
 
 

@@ -5,7 +5,7 @@
 // Unit      128 columns of a row on 8 lanes, a lane holding 16 neighbouring columns.
 // Grid      ceil(units / 16), the blocks of a row next to each other.
 // Block     128 threads. The last block of a row may be partial: lanes past it hold zeros and store nothing.
-// From -D   INPUT_TYPE
+// From -D   INPUT_TYPE PERMUTED (a row goes to all rows of the permutation that are its own)
 #include "raw.cuh"
 
 using namespace cumoe;
@@ -19,6 +19,9 @@ struct Params {
   int64_t num_rows;
   int32_t num_columns;  // a multiple of 8
   int32_t num_blocks;
+  const int32_t* permuted_idx;  // PERMUTED: (num_rows, slots) rows of values and scale, or -1
+  int32_t slots;
+  int32_t unused_;
 };
 
 constexpr int kThreads = 128;
@@ -41,8 +44,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   float y[kColumns];
   raw.widen(y);
   const float scale = divide_by_scale(y, lanes_max<kLanes>(amax_of(y)));
-  store_e4m3_16(p.values + row * p.num_columns + column, y, valid, p.num_columns % 16 == 0);
-  if (valid && lane == 0) {
-    p.scale[row * p.scale_row_stride + block * p.scale_block_stride] = scale;
+  if (valid == 0) return;
+  for (int slot = 0; slot < (PERMUTED ? p.slots : 1); ++slot) {
+    const int64_t to = PERMUTED ? p.permuted_idx[row * p.slots + slot] : row;
+    if (PERMUTED && to < 0) continue;
+    store_e4m3_16(p.values + to * p.num_columns + column, y, valid, p.num_columns % 16 == 0);
+    if (lane == 0) p.scale[to * p.scale_row_stride + block * p.scale_block_stride] = scale;
   }
 }

@@ -62,10 +62,9 @@ __device__ __forceinline__ void store_quantised(const Params& p, Smem& smem, con
   }
   __syncwarp();
   const int column = block * 128 + lane % 8 * 16;
-#pragma unroll
-  for (int i = 0; i < kWarpTokens; i += 4) {
-    const int token = warp * kWarpTokens + i + lane / 8;
-    if (token < rows && column < p.n) {
+  const int last = min(rows, (warp + 1) * kWarpTokens);
+  if (column < p.n) {
+    for (int token = warp * kWarpTokens + lane / 8; token < last; token += 4) {
       const int64_t at = static_cast<int64_t>(row0 + token) * p.n + column;
       *reinterpret_cast<uint4*>(static_cast<uint8_t*>(p.out) + at) =
           *reinterpret_cast<const uint4*>(staging + token * kStageRow + lane % 8 * 16);

@@ -96,6 +96,29 @@ def _rows(x: Array) -> Iterator[int]:
     yield from (1, kernels_quantize.UNIT_ROWS[x.dtype.itemsize])
 
 
+def _quantize_permuted(slots: int, dtype: str, columns: int) -> Callable[[Host], None]:
+    """Rows go to those of a permutation, which has others too; a third of the slots have none."""
+
+    def check(host: Host) -> None:
+        x = _wild(host, (7, columns), dtype)
+        num_rows = 7 * slots + 5
+        index = host.rng.permutation(num_rows)[: 7 * slots].reshape(7, slots).astype(np.int32)
+        index[host.rng.random(index.shape) < 1 / 3] = -1
+        values = host.empty((num_rows, columns), FP8)
+        scale = host.empty((num_rows, kernels.blocks(columns)), F32)
+        want_values, want_scale = values.copy(), scale.copy()
+        expected = quantize.quantize_fp8_block(x)
+        for row, to in enumerate(index):
+            want_values[to[to >= 0]] = expected.values[row]
+            want_scale[to[to >= 0]] = expected.scale[row]
+        permuted_idx = host.arena.array(index)
+        host.run(kernels_quantize.quantize_fp8_block(x, values, scale, permuted_idx))
+        same_bits("scale", scale, want_scale)
+        same_bits("values", values, want_values)
+
+    return check
+
+
 def _quantize(
     shape: tuple[int, int], dtype: str, column_major: bool = False, fill: Fill = _wild
 ) -> Callable[[Host], None]:
@@ -316,6 +339,8 @@ QUANTIZE_CASES: dict[str, list[Case]] = {
         Case("ties", _quantize((12, 256), F32, fill=_e4m3_ties)),
         Case("column-major scales", _quantize((19, 392), BF16, True)),
         Case("float16", _quantize((3, 128), F16)),
+        Case("permuted", _quantize_permuted(3, BF16, 400)),
+        Case("permuted, one slot, tails", _quantize_permuted(1, F32, 136)),
         Case("offsets past 2^32", _far_block),
     ],
     "quantize_fp8_weights": [

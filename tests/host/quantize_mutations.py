@@ -18,6 +18,12 @@ QUANTIZE_MUTATIONS = {
         "quantize_fp8_block.cu", "const int64_t row =", "const int row =",
         case="offsets past 2^32",
     ),
+    "block: slots without a row": Mutation(
+        "quantize_fp8_block.cu", "if (PERMUTED && to < 0) continue;", "", case="permuted"
+    ),
+    "block: slots": Mutation(
+        "quantize_fp8_block.cu", "row * p.slots + slot", "row * p.slots", case="permuted"
+    ),
     "token: barrier": Mutation("quantize_fp8_token.cu", BARRIER, "", case="float32"),
     "token: rows": Mutation(
         "quantize_fp8_token.cu", "row < p.num_rows ? p.num_columns : 0", "p.num_columns",

@@ -62,7 +62,7 @@ ROWS_MUTATIONS = {
             ROWS, "token < rows && block * 128 < p.n", "token < rows", case="activated"
         ),
         "after the staging": Mutation(ROWS, "__syncwarp();\n  const", "const", case="gated"),
-        "columns, fp8": Mutation(ROWS, "&& column < p.n) {", ") {", case="gated"),
+        "columns, fp8": Mutation(ROWS, "if (column < p.n) {", "{", case="gated"),
         "staged": Mutation(
             ROWS, "ring.wait(smem.staged[group], ring.phase);", "", case="plain"
         ),
