@@ -5,8 +5,8 @@
     python -m bench.bench_gemm --dry-run           # a tiny layer on NumPy
 
 Rows ``gemm1`` (with the activation, and for fp8 the requantisation, fused) and ``gemm2`` are
-cumoe's, launched as a layer launches them: where it copies tokens to expert order first, the copy
-is in gemm1's time. Their variant is the routing. Each keeps every peer's time: torch's grouped GEMM
+cumoe's, launched as a layer of such tokens launches them, fp8 ones quantised: where it copies them
+to expert order first, the copy is in gemm1's time. Their variant is the routing. Each keeps every peer's time: torch's grouped GEMM
 (bf16; rows gathered and sorted beforehand, no activation), a fused-MoE kernel in Triton tuned for
 the shape in this run (no activation), and as a roof cuBLAS' dense product of the same FLOPs.
 ``peer`` is the fastest but the roof. Rates: useful FLOPs, no padding; bytes of the active experts'

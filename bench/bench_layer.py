@@ -6,12 +6,13 @@
 
 Rows: ``layer`` (variant ``graph``: replay of a captured call; ``eager``: the call itself, with its
 ``host_us`` of Python), ``routing`` (with the permutation; on NumPy that is ``permutation``),
-``quantize``, ``gemm1`` (with the activation), ``gemm2``, ``finalize``. Timed cold, after a flush of
-the L2; what is below 100 us as replays of a graph of several calls, which rotate over enough calls'
-inputs to keep weights cold, while the small tables between stages stay in L2 as they do in the
-layer. Rates: useful FLOPs of the two GEMMs; bytes of the active experts' weights, or, for the
-stages without weights, bytes read and written. Shared experts are left out unless asked for, as in
-the peers' published figures.
+``quantize``, ``gemm1`` (with the activation, and with the quantisation or copy that puts tokens in
+expert order where there is one), ``gemm2``, ``finalize``. Timed cold, after a flush of the L2; what
+is below 100 us as replays of a graph of several calls, which rotate over enough calls' inputs to
+keep weights cold, while the small tables between stages stay in L2 as they do in the layer. Rates:
+useful FLOPs of the two GEMMs; bytes of the active experts' weights, or, for the stages without
+weights, bytes read and written. Shared experts are left out unless asked for, as in the peers'
+published figures.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ def _make_planned(
     """Plan a layer call with given routing; the stages before the GEMMs run once, here.
 
     Tokens come quantised, as for the peers: GEMM1 gathers them, or begins with a copy to their
-    rows, where a layer that quantises them writes these at once.
+    rows, where in a layer that quantises them it begins with that.
     """
     from cumoe.layer_call import check_call, check_layer
     from cumoe.plan import DevicePlan, Workspace, expert_buffers

@@ -70,8 +70,8 @@ class DevicePlan:
     ----------
     stages : dict of str to list of Launch
         In order: routing (with the permutation), quantize, gemm1, gemm2, finalize; absent ones have
-        nothing to do. With many tokens they are put in expert order by quantize, or by a copy that
-        gemm1 begins with.
+        nothing to do. With many tokens gemm1 begins with the launch that puts them in expert order:
+        their quantisation, or else a copy.
     parts : ExpertParts
         Rows, weights and row indices before the sum; buffers of the workspace or the call's own
         arrays.
@@ -167,23 +167,26 @@ class DevicePlan:
         quantizes = spec.fp8 and call.x_scale is None
         columns = p.permuted_idx.shape[1]
         in_order = spec.copies_rows(call.num_tokens, columns, self._device.arch, quantizes)
-        source, copies = Rows(call.x, call.x_scale), []
+        source, first = Rows(call.x, call.x_scale), []
         if in_order:
             # The second GEMM's rows are written when the first has read these: the same memory.
             kind = FP8 if spec.fp8 else "bfloat16"
             source = Rows(workspace.take("rows", rows.shape, kind), take("rows_scale"))
-        elif quantizes:
-            source = Rows(take("xq"), spec.weights.x_scale if spec.tensors else take("xq_scale"))
-        if quantizes:
-            permuted_idx = p.permuted_idx if in_order else None
-            if spec.tensors:
-                item = kernels_quantize.quantize_fp8_tensor(call.x, *source, None)
+            if quantizes:
+                item = kernels_quantize.quantize_fp8_block(call.x, *source, p.permuted_idx)
             else:
-                item = kernels_quantize.quantize_fp8_block(call.x, *source, permuted_idx)
+                item = kernels.permute_rows(call.x, call.x_scale, p.permuted_idx, *source)
+            first = [item]
+        elif spec.tensors and quantizes:
+            source = Rows(take("xq"), spec.weights.x_scale)
+            item = kernels_quantize.quantize_fp8_tensor(call.x, *source, None)
+        elif quantizes:
+            source = Rows(take("xq"), take("xq_scale"))
+            item = kernels_quantize.quantize_fp8_block(call.x, *source)
+        if quantizes:
             self._bind("x", item, "x")
-            self.stages["quantize"] = [item]
-        elif in_order:
-            copies = [kernels.permute_rows(call.x, call.x_scale, p.permuted_idx, *source)]
+            if not in_order:
+                self.stages["quantize"] = [item]
         if p.max_tiles == 0:
             return rows
         act = Rows(take("act"), take("act_scale") if not spec.tensors else spec.weights.act_scale)
@@ -191,11 +194,11 @@ class DevicePlan:
         gemm1, gemm2 = self._plan_gemms(
             source, act, rows, topk_weights, call.weights_dtype(spec), queues, not in_order
         )
-        self._gemm1, self._reader = gemm1, (*copies, gemm1)[0]
+        self._gemm1, self._reader = gemm1, (*first, gemm1)[0]
         if not quantizes:
             self._bind("x", self._reader, "a")
             self._bind("x_scale", self._reader, "a_scale")
-        self.stages["gemm1"], self.stages["gemm2"] = [*copies, gemm1], [gemm2]
+        self.stages["gemm1"], self.stages["gemm2"] = [*first, gemm1], [gemm2]
         return rows
 
     def _plan_gemms(
