@@ -6,14 +6,14 @@
 
 Rows ``gemm1`` (with the activation, and for fp8 the requantisation, fused) and ``gemm2`` are
 cumoe's, launched as a layer of such tokens launches them, fp8 ones quantised: where it copies them
-to expert order first, the copy is in gemm1's time. Their variant is the routing. Each keeps every peer's time: torch's grouped GEMM
-(bf16; rows gathered and sorted beforehand, no activation), a fused-MoE kernel in Triton tuned for
-the shape in this run (no activation), and as a roof cuBLAS' dense product of the same FLOPs.
-``peer`` is the fastest but the roof. Rates: useful FLOPs, no padding; bytes of the active experts'
-weights. Rows ``gemm_error`` hold errors against a float32 oracle, which is asked before anything is
-timed; rows ``dense`` cuBLAS' product of 8192 x 8192 matrices. Everything is timed by events, one
-call after a flush of the L2, variants taking turns; ``sm_mhz`` is the clock read meanwhile, None
-for what is too short to read it.
+to expert order first, the copy is in gemm1's time. Their variant is the routing. Each keeps every
+peer's time: torch's grouped GEMM (bf16; rows gathered and sorted beforehand, no activation), a
+fused-MoE kernel in Triton tuned for the shape in this run (no activation), and as a roof cuBLAS'
+dense product of the same FLOPs. ``peer`` is the fastest but the roof. Rates: useful FLOPs, no
+padding; bytes of the active experts' weights. Rows ``gemm_error`` hold errors against a float32
+oracle, which is asked before anything is timed; rows ``dense`` cuBLAS' product of 8192 x 8192
+matrices. Everything is timed by events, one call after a flush of the L2, variants taking turns;
+``sm_mhz`` is the clock read meanwhile, None for what is too short to read it.
 """
 
 from __future__ import annotations
