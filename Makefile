@@ -81,8 +81,9 @@ demo: $(base_env)
 test: lint
 	$(PY) -m pytest -n auto --maxprocesses $(MAX_JOBS) --dist worksteal $(ARGS)
 
+# Most of their time is compiling, so several processes share the GPU.
 test-gpu: $(test_env)
-	$(PY) -m pytest -m "gpu and not multigpu" $(ARGS)
+	$(PY) -m pytest -m "gpu and not multigpu" -n auto --maxprocesses $(MAX_JOBS) --dist loadscope $(ARGS)
 
 # First the tests of MPI, then those that start ranks themselves. A rank that fails must end (-x), which
 # makes mpirun end the others. For root, and for more ranks than cores, Open MPI wants to be told; other
