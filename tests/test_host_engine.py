@@ -196,6 +196,11 @@ class TestErrors:
         assert "1 thread from 3 to 3: in __syncthreads at probe.cu:13" in text
         assert "32 threads from 32 to 63: exited" in text and "(seed 0)" in text
 
+    def test_the_end_is_no_deadlock(self, probe):
+        """However many steps a block takes: the engine looks for a deadlock at some of them."""
+        body = "for (int k = 0; k < 4080 + blockIdx.x; ++k) __nanosleep(1);"
+        assert (probe(body + " p.out[blockIdx.x] = 3;", n=32, block=1, grid=32) == 3).all()
+
     def test_polling_for_ever(self, probe):
         with pytest.raises(loader.HostError, match="deadlock, all threads poll"):
             probe("while (atomicAdd(&p.out[0], 0) != 1) __nanosleep(20);", block=32)

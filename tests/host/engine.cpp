@@ -69,7 +69,8 @@ void run_in_turn(const std::vector<Job>& jobs) {
     for (unsigned steps = 0; block.live && !run.failed; ++steps) {
       if (!step(&block)) {
         record("deadlock in " + block_text(&block) + ":" + waiting_text(&block));
-      } else if (run.polls > run.max_polls || (steps % 4096 == 0 && stuck(&block))) {
+      } else if (block.live &&
+                 (run.polls > run.max_polls || (steps % 4096 == 0 && stuck(&block)))) {
         record("deadlock, all threads poll, in " + block_text(&block) + ":" + waiting_text(&block));
       }
     }
