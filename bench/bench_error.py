@@ -112,15 +112,12 @@ class Matrices:
     Raises
     ------
     ValueError
-        If the weights are not row-major with all gate rows first.
+        If the weights do not have all gate rows first.
     """
 
     def __init__(self, xp: Any, weights: ExpertWeights) -> None:
-        if weights.layout != "major_k" or weights.gate_up_order != "gate_up":
-            raise ValueError(
-                "weights: expected layout 'major_k' and order 'gate_up', got "
-                f"{weights.layout!r} and {weights.gate_up_order!r}"
-            )
+        if weights.gate_up_order != "gate_up":
+            raise ValueError(f"weights: expected order 'gate_up', got {weights.gate_up_order!r}")
         self._xp, self._weights = xp, weights
         codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
         self._table = xp.asarray(codes.astype(np.float32))
@@ -128,20 +125,29 @@ class Matrices:
     def of(self, expert: int) -> tuple[Float32, Float32]:
         """Return ``(2 * intermediate_size, hidden_size)``, gate first, and w2."""
         weights = self._weights
+        gate_up, down = self._rows(weights.w13[expert]), self._rows(weights.w2[expert])
         if weights.w13_scale is None or weights.w2_scale is None:
-            return widen(weights.w13[expert]), widen(weights.w2[expert])
+            return widen(gate_up), widen(down)
         size, scale = weights.intermediate_size, weights.w13_scale[expert]
         blocks = scale.shape[0] // 2
-        w13 = self._values(weights.w13[expert])
+        w13 = self._values(gate_up)
         if weights.recipe == "fp8_tensor":
             w13[:size] *= scale[0]
             w13[size:] *= scale[1]
-            return w13, self._values(weights.w2[expert]) * weights.w2_scale[expert]
+            return w13, self._values(down) * weights.w2_scale[expert]
         w13[:size] *= self._spread(scale[:blocks], size, w13.shape[1])
         w13[size:] *= self._spread(scale[blocks:], size, w13.shape[1])
-        w2 = self._values(weights.w2[expert])
+        w2 = self._values(down)
         w2 *= self._spread(weights.w2_scale[expert], *w2.shape)
         return w13, w2
+
+    def _rows(self, payload: Array) -> Array:
+        """Return an expert's matrix row after row, whatever its layout."""
+        if self._weights.layout == "major_k":
+            return payload
+        words = payload.view(np.uint8 if payload.dtype.itemsize == 1 else np.uint16)
+        rows = self._xp.ascontiguousarray(words.transpose(1, 0, 2))
+        return rows.reshape(rows.shape[0], -1).view(payload.dtype)
 
     def _values(self, payload: Array) -> Float32:
         return self._table.take(payload.view(np.uint8))

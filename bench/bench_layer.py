@@ -57,6 +57,7 @@ from bench.record import REPO, Row, make_row, print_table, write_results
 from bench.shapes import ModelShape
 from cumoe import ExpertWeights, MoELayer, Quantized, Routing, TopK
 from cumoe.config import Array
+from cumoe.layouts import WEIGHT_LAYOUTS
 
 ARGUMENTS = CaseArguments(
     "bench.bench_layer", models=("deepseek_v3",), recipes=("fp8_block", "bf16"),
@@ -155,17 +156,22 @@ def _host_stages(call: CallSet) -> dict[str, Stage]:
             permutation,
             gate_up_order=weights.gate_up_order,
             activation=call.shape.activation,
+            layout=weights.layout,
             out_dtype="float8_e4m3fn" if fp8 else "bfloat16",
             out=out,
         )
 
     act = gemm1()
-    rows = cumoe.grouped_gemm(act, w2, permutation, gather=False)
+
+    def gemm2() -> Any:
+        return cumoe.grouped_gemm(act, w2, permutation, gather=False, layout=weights.layout)
+
+    rows = gemm2()
     stages: dict[str, Stage] = {
         "routing": lambda: cumoe.route(call.logits, routing, bias=call.bias),
         "permutation": group,
         "gemm1": gemm1,
-        "gemm2": lambda: cumoe.grouped_gemm(act, w2, permutation, gather=False),
+        "gemm2": gemm2,
         "finalize": lambda: cumoe.finalize(rows, call.topk.weights, permutation.permuted_idx),
     }
     if fp8:
@@ -410,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in settings.models:
         shape = find_model(model, shared=args.shared)
         for recipe in args.recipes:
-            weights = make_weights(shape, recipe, xp, seed=args.seed)
+            weights = make_weights(shape, recipe, xp, seed=args.seed).convert(layout=args.layout)
             bias = make_bias(shape, xp, seed=args.seed)
             compile_ahead(make_layer(shape, weights, bias, max(tokens)), tokens)
             for num_tokens in tokens:
@@ -422,8 +428,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print("FAILED", problems[-1], flush=True)
                     free_memory(xp)  # an error that stays ends the run here
                     continue
-                named = shape.name + ("_shared" if args.shared and shape.num_shared_experts else "")
-                found = [row | {"model": named} for row in found]
+                named = [shape.name]
+                named += ["shared"] if args.shared and shape.num_shared_experts else []
+                named += [args.layout] if args.layout != "major_k" else []
+                found = [row | {"model": "_".join(named)} for row in found]
                 print_table(found, roof_tbps=roofs.get("copy_tbps"), console=console)
                 rows += found
                 free_memory(xp)
@@ -438,6 +446,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = ARGUMENTS.parser(__doc__)
     add = parser.add_argument
     add("--shared", action="store_true", help="with shared experts; the model is then NAME_shared")
+    add("--layout", choices=WEIGHT_LAYOUTS, default="major_k",
+        help="of the weights; of block_major_k the model is NAME_block_major_k")  # fmt: skip
     add("--peers", action="store_true", help="time torch's grouped GEMM beside the bf16 ones")
     add("--repeats", type=int, default=30, help="samples (default: 30)")
     add("--budget", type=float, default=2.0, metavar="SECONDS", help="of one group's samples (2)")

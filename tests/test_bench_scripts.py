@@ -88,6 +88,21 @@ class TestBenchLayer:
         assert (layer["op"], layer["variant"], layer["method"]) == ("layer", "eager", "host")
         assert layer["max_rel"] <= bench_error.LIMITS["fp8_block"][0]
 
+    def test_layout(self, tmp_path, monkeypatch):
+        """Weights in blocks of k: the same answer, under a name of their own."""
+        whole = replace(find_model("tiny"), hidden_size=384, intermediate_size=128)
+        monkeypatch.setattr(bench_layer, "find_model", lambda *_, **__: whole)
+        errors = {}
+        for layout in ("major_k", "block_major_k"):
+            path = tmp_path / f"{layout}.json"
+            args = ["--dry-run", "--tokens", "7", "--repeats", "3", "--layout", layout]
+            assert bench_layer.main([*args, "--out", str(path)]) == 0
+            rows = json.loads(path.read_text())["rows"]
+            named = "tiny" if layout == "major_k" else "tiny_block_major_k"
+            assert {row["model"] for row in rows} == {named}
+            errors[layout] = [row["max_rel"] for row in rows if row["op"] == "layer"]
+        assert errors["major_k"] == errors["block_major_k"]
+
     def test_work(self):
         shape = find_model("tiny", shared=False)
         weights = make_weights(shape, "fp8_block", np, seed=0)
