@@ -303,7 +303,11 @@ def grouped_gemm(
 
 
 def permute_rows(
-    a: Array, a_scale: Array | None, permuted_idx: Array, out: Array, out_scale: Array | None
+    a: Array,
+    permuted_idx: Array,
+    out: Array,
+    a_scale: Array | None = None,
+    out_scale: Array | None = None,
 ) -> Launch:
     """Launch that copies each token's row, and its scales, to all its rows of the permutation."""
     row_bytes = a.shape[1] * a.dtype.itemsize

@@ -150,26 +150,41 @@ def tensor_amax(x: Array, partials: Array) -> Launch:
     )
 
 
-def tensor_spec(input_dtype: str, rows: int) -> KernelSpec:
+def tensor_spec(input_dtype: str, rows: int, permuted: bool = False) -> KernelSpec:
     """Return the quantiser with one scale for an input dtype and the chunks of a thread."""
-    return KernelSpec("quantize_fp8_tensor", (("INPUT_TYPE", TYPES[input_dtype]), ("ROWS", rows)))
+    defines = (("INPUT_TYPE", TYPES[input_dtype]), ("ROWS", rows), ("PERMUTED", int(permuted)))
+    return KernelSpec("quantize_fp8_tensor", defines)
 
 
 def quantize_fp8_tensor(
-    x: Array, values: Array, scale: Array, partials: Array | None, *, rows: int | None = None
+    x: Array,
+    values: Array,
+    scale: Array,
+    partials: Array | None,
+    permuted_idx: Array | None = None,
+    *,
+    rows: int | None = None,
 ) -> Launch:
-    """Launch for quantisation with one scale: read, or made of `partials` and written."""
-    lanes = -(-x.size // LANE_ELEMS)
-    rows = rows or select_rows(lanes, 1, x.dtype.itemsize)
+    """Launch for quantisation with one scale: read, or made of `partials` and written.
+
+    With `permuted_idx`, (num_rows, slots), row i goes to all rows ``permuted_idx[i]`` but -1.
+    """
+    permuted = permuted_idx is not None
+    num_rows, num_columns = x.shape if permuted else (1, x.size)
+    lanes = num_rows * -(-num_columns // LANE_ELEMS)
+    rows = rows or (1 if permuted else select_rows(lanes, 1, x.dtype.itemsize))
     return make(
-        tensor_spec(dtype_name(x), rows),
+        tensor_spec(dtype_name(x), rows, permuted),
         _grid(lanes, rows, 1),
         THREADS,
         x=x,
         values=values,
         scale=scale,
         partials=partials,
-        num_elems=x.size,
+        num_rows=num_rows,
+        num_columns=num_columns,
+        permuted_idx=permuted_idx,
+        slots=permuted_idx.shape[1] if permuted_idx is not None else 0,
         num_partials=0 if partials is None else partials.size,
     )
 

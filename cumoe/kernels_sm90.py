@@ -46,6 +46,7 @@ def grouped_gemm_spec(problem: GroupedGemmProblem, config: Sm90Config) -> Kernel
             ("GATHER", int(problem.gather)),
             ("BLOCK_N", config.block_n),
             ("NUM_STAGES", config.num_stages),
+            ("LOAD_STAGES", config.load_stages),
             ("NUM_CHUNKS", config.num_chunks),
             ("CLUSTER", config.cluster),
         ),
@@ -65,7 +66,7 @@ def rows_map(rows: Array, box_rows: int) -> np.ndarray:
     )
 
 
-def weight_map(operand: GemmOperand) -> np.ndarray:
+def weight_map(operand: GemmOperand, load_stages: int = 1) -> np.ndarray:
     """Encode a weight as (experts, halves, rows, k-blocks, bytes of k) in boxes of 128 rows."""
     w = operand.values
     fields = operand.fields()
@@ -85,6 +86,9 @@ def weight_map(operand: GemmOperand) -> np.ndarray:
         (fields["b_expert_bytes"], half, row * step, block, 1),
         (1, 1, 128, 1, ROW_BYTES),
         swizzle="128B",
+        # The next 128 bytes of a row come into L2 too, unless they are loaded as well or those
+        # behind are another row's.
+        l2_promotion="128B" if operand.block_major or load_stages > 1 else "256B",
     )
 
 
@@ -133,7 +137,7 @@ def grouped_gemm(
         smem_bytes=sm90_smem_bytes(config, problem),
         **maps,
         a=a,
-        w_map=weight_map(operand),
+        w_map=weight_map(operand, config.load_stages),
         a_scale=a_scale,
         w_scale=operand.scale,
         out=out,

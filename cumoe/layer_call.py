@@ -32,7 +32,7 @@ from cumoe.tuning import (
     GroupedGemmConfig,
     GroupedGemmProblem,
     Sm90Config,
-    copies_rows,
+    orders_rows,
     select_gemm,
     select_sm90_tile,
     select_tile,
@@ -95,13 +95,13 @@ class LayerSpec:
             return select_sm90_tile(num_tokens, top_k, num_experts, self.gemm_dtype)
         return select_tile(num_tokens * top_k, num_experts, self.gemm_dtype)
 
-    def copies_rows(self, num_tokens: int, top_k: int, arch: str, quantizes: bool) -> bool:
+    def orders_rows(self, num_tokens: int, top_k: int, arch: str, quantizes: bool) -> bool:
         """Whether tokens are put in expert order first, in a call that `quantizes` them or not."""
         if not self.runs_sm90(arch) or not self.activation.gated:
             return False
         num_experts = self.num_experts + self.num_shared
         size = self.weights.intermediate_size
-        return copies_rows(num_tokens, top_k, num_experts, size, self.gemm_dtype, quantizes)
+        return orders_rows(num_tokens, top_k, num_experts, size, self.gemm_dtype, quantizes)
 
 
 @dataclass(eq=False)

@@ -109,8 +109,9 @@ PARAMS: dict[str, np.dtype] = {
     ),
     "quantize_fp8_tensor": _struct(
         *_fields(_POINTER, "x values scale partials"),
-        ("num_elems", _I64),
-        *_fields(_I32, "num_partials unused_"),
+        *_fields(_I64, "num_rows num_columns"),
+        ("permuted_idx", _POINTER),
+        *_fields(_I32, "slots num_partials"),
     ),
     "quantize_nvfp4": _struct(
         *_fields(_POINTER, "x values scale global_scale partials"),

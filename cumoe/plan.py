@@ -166,39 +166,50 @@ class DevicePlan:
         rows = take("rows")
         quantizes = spec.fp8 and call.x_scale is None
         columns = p.permuted_idx.shape[1]
-        in_order = spec.copies_rows(call.num_tokens, columns, self._device.arch, quantizes)
-        source, first = Rows(call.x, call.x_scale), []
+        in_order = spec.orders_rows(call.num_tokens, columns, self._device.arch, quantizes)
+        x, x_scale = call.x, call.x_scale
         if in_order:
             # The second GEMM's rows are written when the first has read these: the same memory.
             kind = FP8 if spec.fp8 else "bfloat16"
-            source = Rows(workspace.take("rows", rows.shape, kind), take("rows_scale"))
-            if quantizes:
-                item = kernels_quantize.quantize_fp8_block(call.x, *source, p.permuted_idx)
-            else:
-                item = kernels.permute_rows(call.x, call.x_scale, p.permuted_idx, *source)
-            first = [item]
-        elif spec.tensors and quantizes:
-            source = Rows(take("xq"), spec.weights.x_scale)
-            item = kernels_quantize.quantize_fp8_tensor(call.x, *source, None)
+            x, x_scale = workspace.take("rows", rows.shape, kind), take("rows_scale")
         elif quantizes:
-            source = Rows(take("xq"), take("xq_scale"))
-            item = kernels_quantize.quantize_fp8_block(call.x, *source)
+            x, x_scale = take("xq"), take("xq_scale")
+        if spec.tensors:
+            x_scale = spec.weights.x_scale if quantizes else call.x_scale
+        first: list[kernels.Launch] = []
         if quantizes:
+            order = p.permuted_idx if in_order else None
+            if spec.tensors:
+                item = kernels_quantize.quantize_fp8_tensor(call.x, x, x_scale, None, order)
+            else:
+                item = kernels_quantize.quantize_fp8_block(call.x, x, x_scale, order)
             self._bind("x", item, "x")
-            if not in_order:
+            if in_order:
+                first = [item]
+            else:
                 self.stages["quantize"] = [item]
+        elif in_order:
+            scales = (None, None) if spec.tensors else (call.x_scale, x_scale)
+            first = [kernels.permute_rows(call.x, p.permuted_idx, x, *scales)]
         if p.max_tiles == 0:
             return rows
         act = Rows(take("act"), take("act_scale") if not spec.tensors else spec.weights.act_scale)
         queues = workspace.take("queues", (2, 2), "int32", zeros=True)
         gemm1, gemm2 = self._plan_gemms(
-            source, act, rows, topk_weights, call.weights_dtype(spec), queues, not in_order
+            Rows(x, x_scale),
+            act,
+            rows,
+            topk_weights,
+            call.weights_dtype(spec),
+            queues,
+            not in_order,
         )
-        self._gemm1, self._reader = gemm1, (*first, gemm1)[0]
-        if not quantizes:
-            self._bind("x", self._reader, "a")
-            self._bind("x_scale", self._reader, "a_scale")
+        self._gemm1 = gemm1
         self.stages["gemm1"], self.stages["gemm2"] = [*first, gemm1], [gemm2]
+        if not quantizes:
+            self._bind("x", self.stages["gemm1"][0], "a")
+            self._scale_reader = gemm1 if spec.tensors else self.stages["gemm1"][0]
+            self._bind("x_scale", self._scale_reader, "a_scale")
         return rows
 
     def _plan_gemms(
@@ -231,8 +242,8 @@ class DevicePlan:
             item.params[field] = address(getattr(call, name))
         if call.x_scale is not None and "gemm1" in self.stages:
             row, block = kernels.scale_strides(call.x_scale)
-            self._reader.params["a_scale_row_stride"] = row
-            self._reader.params["a_scale_block_stride"] = block
+            self._scale_reader.params["a_scale_row_stride"] = row
+            self._scale_reader.params["a_scale_block_stride"] = block
         for launches in self.stages.values():
             for item in launches:
                 item.run(self._device, stream_ptr)

@@ -162,10 +162,10 @@ SM90_MAX_STAGES = 6
 SM90_CHUNK_BYTES = 32 * 128  # finished rows on their way out: 64 bf16 columns of 32 tokens
 # accumulators and products in registers
 SM90_MAX_BLOCK_N = {"bfloat16": 176, "float8_e4m3fn": 88, FP8_TENSOR: 176}
-_ONE_SUM_TILES = (8, 32, 128, 176, 288)  # of the kernel that has one sum for all of k
+_ONE_SUM_TILES = (8, 80, 176, 288)  # of the kernel that has one sum for all of k
 SM90_TILES = {
     "bfloat16": _ONE_SUM_TILES,
-    "float8_e4m3fn": (8, 32, 88, 256),
+    "float8_e4m3fn": (8, 72, 88, 256),
     FP8_TENSOR: _ONE_SUM_TILES,
 }
 """Row tile heights that the Hopper kernels are compiled for: of one block, or of a pair."""
@@ -174,10 +174,10 @@ SM90_MIN_STAGES = {"bfloat16": 3, "float8_e4m3fn": 4, FP8_TENSOR: 3}  # fp8 take
 SM90_ROWS = 128
 """Tokens of a block of ``sm90_fp8_rows_grouped_gemm``, which no other fp8 kernel has."""
 
-_ONE_SUM_CHOICES = ((8, 32), (72, 128), (176, 176), (272, 288), (math.inf, 176))
+_ONE_SUM_CHOICES = ((64, 80), (176, 176), (272, 288), (math.inf, 176))
 SM90_CHOICES = {
     "bfloat16": _ONE_SUM_CHOICES,
-    "float8_e4m3fn": ((8, 32), (80, 88), (math.inf, 256)),
+    "float8_e4m3fn": ((56, 72), (80, 88), (math.inf, 256)),
     FP8_TENSOR: _ONE_SUM_CHOICES,
 }
 """The tile height up to a mean number of rows of an expert."""
@@ -195,6 +195,17 @@ class Sm90Config:
     num_stages: int
     num_chunks: int
     cluster: int = 1
+
+    @property
+    def load_stages(self) -> int:
+        """Stages whose weights are loaded at a time, 128 bytes of each row for each of them.
+
+        Pairs read 256 neighbouring bytes of a row at a time, for which DRAM is faster, and wait for
+        two free stages. H200, DeepSeek-V3, one / two at a time, both GEMMs in us: with five and six
+        stages bf16 T = 256 5137 / 5045, fp8 64 2233 / 2190, 8 606 / 594; with four bf16 512 5186 /
+        5370, fp8 512 2633 / 2674, 16384 10448 / 11199; with three bf16 16384 17525 / 25145.
+        """
+        return 2 if self.num_stages > 4 else 1
 
 
 def sm90_smem_bytes(config: Sm90Config, problem: GroupedGemmProblem) -> int:
@@ -315,26 +326,26 @@ def select_sm90_tile(num_tokens: int, top_k: int, num_experts: int, dtype: str) 
     few tokens nothing but stages in flight; the experts with most tokens under uneven routing are
     cut into fewer tiles. None is higher than what an expert can get at most needs.
 
-    H200 at its power limit, both GEMMs back to back in us, uniform routing / Zipf 1.2; comparable
-    within a line.
+    H200, both GEMMs in us, uniform routing / Zipf 1.2; comparable within a line. Up to a mean of 72
+    with L2 flushed, beyond back to back, at the power limit.
     fp8, DeepSeek-V3:
-    T = 16 (mean 0.5): 8 1085, 32 1092, 88 1105
-    128 (4): 8 2536, 32 2536, 88 2572
-    256 (8): 32 2578 / 2285, 88 2590 / 2209
-    512 (16): 32 2597 / 2728, 88 2603 / 2589, 256 2703 / 2667
-    1024 (32): 88 2641 / 2898, 256 2777 / 2951
-    2048 (64): 88 2804 / 3440, 256 2999 / 3429
+    T = 256 (mean 8): 32 2505 / 2222, 48 2506 / 2198, 64 2511 / 2187
+    512 (16): 48 2542 / 2558, 64 2546 / 2536, 88 2612 / 2600
+    1024 (32): 64 2645 / 2820, 72 2649 / 2788, 88 2670
+    1536 (48): 64 2665 / 3054, 72 2669 / 3012, 88 2699 / 3032
+    2048 (64): 72 2756 / 3276, 88 2739 / 3279
     2560 (80): 88 3227 / 3934, 256 3331 / 3885
     3072 (96): 88 4072, 256 3582
     5120 (160): 256 5258, pairs of 88 5090
-    fp8, others: Mixtral T = 64 (16): 32 345, 88 352; 256 (64): 88 365 / 427, 256 442 / 436;
-    384 (96): 88 542, 256 531; Qwen3 T = 1024 (64): 88 183, 256 217
+    fp8, others: Mixtral T = 128 (32): 64 352, 88 362; 256 (64): 72 411, 88 371, 256 442; 384 (96):
+    88 542, 256 531; Qwen3 T = 512 (32): 64 176, 88 182; 1024 (64): 72 191, 88 194, 256 217
     bf16, DeepSeek-V3:
-    T = 64 (2): 8 4304, 32 4319, 128 4331
-    256 (8): 48 5154, 96 5112, 192 5263
-    512 (16): 48 5184 / 5291, 128 5169 / 5072, 192 5304 / 5173
-    1024 (32): 64 5227 / 5740, 128 5233 / 5529, 192 5375 / 5607
-    2048 (64): 96 5662 / 6513, 128 5606 / 6342, 160 5571 / 6387
+    T = 64 (2): 32 4241, 64 4252
+    256 (8): 32 5046 / 4482, 64 5065 / 4407, 80 5056, 128 - / 4472
+    512 (16): 64 5116 / 5098, 80 5109, 128 5197 / 5115
+    1024 (32): 64 5197 / 5511, 80 5194 / 5412, 128 - / 5420
+    1536 (48): 64 5247, 80 5256, 128 5319
+    2048 (64): 80 5333 / 6188, 128 5394 / 6042, 160 5571 / 6387
     3072 (96): 128 6051, 160 6052, 176 6052, 288 6308
     4096 (128): 160 6670 / 8396, 176 6445 / 8182
     5120 (160): 176 7417, 288 8187
@@ -344,9 +355,10 @@ def select_sm90_tile(num_tokens: int, top_k: int, num_experts: int, dtype: str) 
     12288 (384): 176 15766, 288 16700
     14336 (448): 176 17418, 288 18773
     16384 (512): 176 19412 / 20784, 288 19703 / 21254
-    bf16, others: Mixtral T = 512 (128): 160 805 / 918, 192 833 / 1019, 288 932 / 975; 2048 (512;
-    few tiles, which fill the last round better): 176 2499, 288 2370; 4096 (1024): 176 4540,
-    288 4653; Qwen3 T = 8192 (512): 176 1181, 288 1200
+    bf16, others: Mixtral T = 256 (64): 80 683, 128 698; 512 (128): 80 - / 912, 176 - / 957;
+    160 805 / 918, 192 833 / 1019, 288 932 / 975; 2048 (512; few tiles, which fill the last round
+    better): 176 2499, 288 2370; 4096 (1024): 176 4540, 288 4653; Qwen3 T = 256 (16): 64 305, 128
+    315; 1024 (64): 80 326, 128 335; 8192 (512): 176 1181, 288 1200
     """
     heights = SM90_TILES[dtype]
     mean = num_tokens * top_k / max(num_experts, 1)
@@ -355,7 +367,7 @@ def select_sm90_tile(num_tokens: int, top_k: int, num_experts: int, dtype: str) 
     return min(chosen, enough)
 
 
-def copies_rows(
+def orders_rows(
     num_tokens: int,
     top_k: int,
     num_experts: int,
@@ -367,7 +379,7 @@ def copies_rows(
 
     Gathered tokens come to shared memory by ``cp.async``, which holds up the tensor cores' operands
     where these are what limits: from 256 tokens an expert on. The copy takes the less of the time
-    the more columns there are. If the layer `quantizes` its tokens, that writes them in order,
+    the larger an expert is. If the layer `quantizes` its tokens, that writes them in order,
     which takes less than a copy of its own.
 
     H200 under load, GEMM1 in us, gathered / in expert order, with the copy: fp8 DeepSeek-V3
@@ -375,8 +387,13 @@ def copies_rows(
     11140, T = 4096 3245 / 2951. Quantisation and GEMM1, L2 flushed: DeepSeek-V3 T = 16384 7655 /
     6619, 8192 3893 / 3683, 4096 2363 / 2333 (back to back with GEMM2 4266 / 4229, Zipf 1.2 4611 /
     4475), 3072 1948 / 1960; Mixtral 1024 583 / 485, 512 407 / 385; Qwen3 16384 811 / 808, 4096
-    254 / 252.
+    254 / 252. With one scale for a tensor, where products are shorter, likewise, and of whole
+    layers back to back: Mixtral 4096 1478 / 1378 (2560 / 2447), 1024 412 / 392 (724 / 716), 512 267
+    / 268; Llama 4 Scout 16384 4321 / 4089 (7471 / 7314), 4096 1111 / 1102 (1997 / 1956), 1024 474 /
+    471 (787 / 810); Maverick 32768 9197 / 9128; DeepSeek-V3 16384 6691 / 6646, 6810 / 6783 (12637
+    / 12408, 12393 / 12886), 8192 3649 / 3707; Qwen3 16384 716 / 728.
     """
     mean = num_tokens * top_k / max(num_experts, 1)
-    least = 128 if quantizes else 256
-    return dtype in ("bfloat16", "float8_e4m3fn") and mean >= least and intermediate_size >= 1536
+    if dtype == FP8_TENSOR:
+        return mean >= 256 and intermediate_size >= 4096
+    return mean >= (128 if quantizes else 256) and intermediate_size >= 1536

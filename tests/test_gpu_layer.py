@@ -147,17 +147,17 @@ def test_tokens_in_expert_order(rng, recipe):
     """Hundreds of tokens an expert: copied first, from whatever array a call brings."""
     routing = Routing("renormalize", num_experts=3, top_k=2, num_shared_experts=1)
     random = random_layer(
-        rng, routing, recipe, num_tokens=500, hidden_size=400, intermediate_size=1536
+        rng, routing, recipe, num_tokens=500, hidden_size=400, intermediate_size=4096
     )
     layer = planned(random, 500)
-    copied = current_device().arch == SM90_ARCH and recipe != "fp8_tensor"
+    copied = current_device().arch == SM90_ARCH
     names = [launch.spec.name for launch in layer.plan(500).stages["gemm1"]]
-    first = "quantize_fp8_block" if recipe == "fp8_block" else "permute_rows"
+    first = "permute_rows" if recipe == "bf16" else f"quantize_{recipe}"
     assert (names[0] == first) == copied and len(names) == 1 + copied
     x, logits = to_backend(random.x, "cupy"), to_backend(random.logits, "cupy")
     poison(layer)
     first = layer(x, logits).copy()
-    assert_close_blocks(first, expected(random), f"layer {recipe}", k=1536)
+    assert_close_blocks(first, expected(random), f"layer {recipe}", k=4096)
     zeros = layer(to_backend(np.zeros_like(random.x), "cupy"), logits)
     assert not to_host(zeros).any()
     assert_same_bits(layer(x, logits), first)
@@ -166,6 +166,9 @@ def test_tokens_in_expert_order(rng, recipe):
         assert_same_bits(layer(q, logits), first)
         by_column = cumoe.Quantized(q.values, q.scale.T.copy().T)
         assert_same_bits(layer(by_column, logits), first)
+    if recipe == "fp8_tensor":
+        q = cumoe.quantize_fp8_tensor(x, scale=layer.weights.x_scale)
+        assert_same_bits(layer(q, logits), first)
 
 
 @each_recipe

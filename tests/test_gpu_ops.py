@@ -263,7 +263,7 @@ HOPPER_PROBLEMS = [
     GroupedGemmProblem(dtype, dtype if gated else "bfloat16", gated, gather, tile)
     for dtype in ("bfloat16", FP8.name)
     for gated, gather in itertools.product((False, True), repeat=2)
-    for tile in (*tuning.SM90_TILES[dtype], 72)
+    for tile in (*tuning.SM90_TILES[dtype], 56)
 ]
 
 

@@ -21,7 +21,7 @@ GEMM, SM90, SM90_STORE = "sm80_grouped_gemm.cu", "sm90_grouped.cuh", "sm90_store
 SM90_SCALES, SM90_COLUMNS = "sm90_scales.cuh", "sm90_columns.cuh"
 FP8, BF16 = "sm90_fp8_grouped_gemm", "sm90_grouped_gemm"
 SM90_FP8, SM90_BF16 = f"{FP8}.cu", f"{BF16}.cu"
-EMPTY_WAIT = "ring.wait(smem.empty, ring.phase ^ 1);"
+EMPTY_WAIT, TMA_WAIT = (f"{ring}.wait(smem.empty, {ring}.phase ^ 1);" for ring in ("ring", "at"))
 RELEASE = "in.release(previous, lane);"
 TEAM_MEETS = "\n  meet();"
 GROUP_MEETS = "ptx::named_barrier_sync(1 + group, 128);"
@@ -39,12 +39,12 @@ MUTATIONS = {
     **ROWS_MUTATIONS,
     # Removed block barriers, every one there is.
     "finalize: barrier": Mutation("finalize.cu", BARRIER, "", case="tails"),
-    "permute rows: barrier": Mutation("permute_rows.cu", BARRIER, "", case="scales"),
     "permute rows: slot of -1": Mutation(
-        "permute_rows.cu", "if (row[k] < 0) continue;", "", case="tails"
+        "raw.cuh", "if (row >= 0) store(row);", "store(row);", "permute_rows", case="tails"
     ),
-    "permute rows: scale of -1": Mutation(
-        "permute_rows.cu", "if (row[k] >= 0) p.out_scale", "p.out_scale", case="scales"
+    "permute rows: scales of its own": Mutation(
+        "permute_rows.cu", "row * p.num_blocks + block", "token * p.num_blocks + block",
+        case="scales",
     ),
     "permute rows: tail": Mutation(
         "permute_rows.cu", "if (at < p.row_bytes) *", "*", case="tails"
@@ -56,7 +56,7 @@ MUTATIONS = {
         "permute_rows.cu", "block * p.a_scale_block_stride", "block", case="scales by column, many"
     ),
     "permute rows: 64-bit offsets": Mutation(
-        "permute_rows.cu", "static_cast<int64_t>(row[k]) * p.row_bytes", "row[k] * p.row_bytes",
+        "permute_rows.cu", "uint8_t* out = p.out + row *", "uint8_t* out = p.out + (int)row *",
         case="offsets past 2^32",
     ),
     "weights: barrier": Mutation("quantize_fp8_weights.cu", BARRIER, "", case="tails"),
@@ -114,8 +114,11 @@ MUTATIONS = {
     "sm90: wait for full": Mutation(
         SM90, "ptx::mbarrier_wait(full + 8 * ring.slot, ring.phase);", "", FP8, case="plain"
     ),
-    "sm90: wait for empty, TMA": Mutation(SM90, EMPTY_WAIT, "", FP8, case=DEEP),
-    "sm90: wait for empty, gathered": Mutation(SM90, EMPTY_WAIT, "", FP8, case=DEEP_GATED, nth=1),
+    "sm90: wait for empty, TMA": Mutation(SM90, TMA_WAIT, "", FP8, case=DEEP),
+    "sm90: wait for empty, pairs": Mutation(SM90, TMA_WAIT, "", FP8, case="pairs"),
+    "sm90: last pair": Mutation(SM90, "first + i >= stages", "false", FP8, case="pairs"),
+    "sm90: steps of a pair": Mutation(SM90, "? 0 : step * 128", "? 0 : first * 128", FP8),
+    "sm90: wait for empty, gathered": Mutation(SM90, EMPTY_WAIT, "", FP8, case=DEEP_GATED),
     "sm90: wait for empty, scales": Mutation(SM90_SCALES, EMPTY_WAIT, "", FP8, case=DEEP),
     "sm90: wait for gathered": Mutation(
         SM90_SCALES, "ring.wait(smem.landed, ring.phase);", "", FP8, case="gated"
@@ -314,10 +317,8 @@ MUTATIONS = {
     "sm90 bf16: wait for full": Mutation(
         SM90, "ptx::mbarrier_wait(full + 8 * ring.slot, ring.phase);", "", BF16, case="plain"
     ),
-    "sm90 bf16: wait for empty, TMA": Mutation(SM90, EMPTY_WAIT, "", BF16, case=DEEP),
-    "sm90 bf16: wait for empty, gathered": Mutation(
-        SM90, EMPTY_WAIT, "", BF16, case=DEEP_GATED, nth=1
-    ),
+    "sm90 bf16: wait for empty, TMA": Mutation(SM90, TMA_WAIT, "", BF16, case=DEEP),
+    "sm90 bf16: wait for empty, gathered": Mutation(SM90, EMPTY_WAIT, "", BF16, case=DEEP_GATED),
     "sm90 bf16: gathered arrivals": Mutation(
         SM90_BF16, "GATHER ? kGatherThreads : 0", "GATHER ? 64 : 0", case="gated"
     ),

@@ -142,6 +142,7 @@ def quantize_specs() -> Iterator[Shipped]:
             yield Shipped(kernels_quantize.token_spec(dtype, columns))
         yield Shipped(kernels_quantize.block_spec(dtype))
         yield Shipped(kernels_quantize.block_spec(dtype, permuted=True))
+        yield Shipped(kernels_quantize.tensor_spec(dtype, 1, permuted=True))
         for group_size in microscaling.GROUP_SIZES:
             yield Shipped(kernels_quantize.ue8m0_spec(dtype, group_size))
         for rows in (1, kernels_quantize.UNIT_ROWS[x.dtype.itemsize]):
@@ -212,7 +213,7 @@ def epilogue_specs(arch: str) -> Iterator[Shipped]:
                 hopper = tuning.select_sm90_config(problem)
                 spec = gemm_spec(problem, hopper, activation)
                 yield Shipped(spec, tuning.sm90_smem_bytes(hopper, problem))
-            if gated and dtype != FP8_TENSOR:  # of tokens in expert order
+            if gated:  # of tokens in expert order
                 problem = replace(problem, gather=False)
                 hopper = tuning.select_sm90_config(problem)
                 spec = gemm_spec(problem, hopper, activation)
@@ -262,14 +263,19 @@ def hopper_specs() -> Iterator[Shipped]:
             out = dtype if gated else "bfloat16"
             problem = GroupedGemmProblem(dtype, out, gated, gather, tile)
             config = tuning.select_sm90_config(problem)
-            for chosen in (config, replace(config, cluster=2)) if tile == 32 else (config,):
+            shared = tile == tuning.SM90_TILES[dtype][1]
+            for chosen in (config, replace(config, cluster=2)) if shared else (config,):
                 assert tuning.why_illegal_sm90(chosen, problem) is None
                 spec = kernels_sm90.grouped_gemm_spec(problem, chosen)
                 yield Shipped(spec, tuning.sm90_smem_bytes(chosen, problem))
-    for gated, weights, tile in itertools.product(
-        (False, True), ("float32", "bfloat16"), tuning.SM90_TILES[FP8_TENSOR]
+    for (gated, gather), weights, tile in itertools.product(
+        ((False, True), (True, True), (True, False)),
+        ("float32", "bfloat16"),
+        tuning.SM90_TILES[FP8_TENSOR],
     ):
-        problem = GroupedGemmProblem(FP8_TENSOR, FP8_TENSOR, gated, True, tile, not gated, weights)
+        problem = GroupedGemmProblem(
+            FP8_TENSOR, FP8_TENSOR, gated, gather, tile, not gated, weights
+        )
         config = tuning.select_sm90_config(problem)
         spec = kernels_sm90.grouped_gemm_spec(problem, config)
         yield Shipped(spec, tuning.sm90_smem_bytes(config, problem))

@@ -94,7 +94,7 @@ HOPPER_PROBLEMS = [
     for dtype in (BF16, FP8, TENSOR)
     for gated, alone in ((False, False), (True, False), (False, True))
     for gather in (False, True)
-    for tile in (*tuning.SM90_TILES[dtype], 16, 72, 96, 200)
+    for tile in (*tuning.SM90_TILES[dtype], 16, 56, 96, 200)
 ]
 
 
@@ -239,9 +239,9 @@ class TestHopper:
     @pytest.mark.parametrize(
         ("dtype", "heights"),
         [
-            (FP8, {8: 8, 64: 32, 256: 32, 512: 88, 2048: 88, 3072: 256, 16384: 256}),
-            (BF16, {8: 8, 64: 32, 512: 128, 2048: 128, 4096: 176, 8192: 288, 10240: 176}),
-            (TENSOR, {8: 8, 64: 32, 512: 128, 2048: 128, 4096: 176, 8192: 288, 10240: 176}),
+            (FP8, {8: 8, 64: 72, 256: 72, 1024: 72, 2048: 88, 3072: 256, 16384: 256}),
+            (BF16, {8: 8, 64: 80, 512: 80, 2048: 80, 4096: 176, 8192: 288, 10240: 176}),
+            (TENSOR, {8: 8, 64: 80, 512: 80, 2048: 80, 4096: 176, 8192: 288, 10240: 176}),
         ],
     )
     def test_select_tile(self, dtype, heights):
@@ -250,11 +250,16 @@ class TestHopper:
         assert chosen == heights
 
 
-def test_copies_rows():
-    """From 256 rows an expert on, from 128 where quantisation writes them; not for few columns."""
-    for dtype, quantizes, least in ((BF16, False, 256), (FP8, False, 256), (FP8, True, 128)):
-        for size in (1536, 2048):
-            assert tuning.copies_rows(32 * least, 8, 256, size, dtype, quantizes)
-            assert not tuning.copies_rows(32 * least - 1, 8, 256, size, dtype, quantizes)
-        assert not tuning.copies_rows(1 << 20, 8, 256, 768, dtype, quantizes)
-    assert not tuning.copies_rows(1 << 20, 8, 256, 2048, TENSOR, True)
+def test_orders_rows():
+    """From 256 rows an expert on, from 128 where quantisation writes them; not of small experts."""
+    for dtype, quantizes, least, smallest in (
+        (BF16, False, 256, 1536),
+        (FP8, False, 256, 1536),
+        (FP8, True, 128, 1536),
+        (TENSOR, False, 256, 4096),
+        (TENSOR, True, 256, 4096),
+    ):
+        for size in (smallest, 2 * smallest):
+            assert tuning.orders_rows(32 * least, 8, 256, size, dtype, quantizes)
+            assert not tuning.orders_rows(32 * least - 1, 8, 256, size, dtype, quantizes)
+        assert not tuning.orders_rows(1 << 20, 8, 256, smallest - 1, dtype, quantizes)

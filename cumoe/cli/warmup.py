@@ -176,9 +176,9 @@ def kernel_specs(
         """Return tile heights, and whether rows are gathered, from bfloat16 and from fp8 tokens."""
         asked = [(num_tokens, shape.total_top_k, arch) for num_tokens in numbers]
         return {
-            (spec.select_tile(*a), not spec.copies_rows(*a, quantizes))
+            (spec.select_tile(*a), not spec.orders_rows(*a, quantizes))
             for a in asked
-            for quantizes in {False, recipe == "fp8_block"}
+            for quantizes in {False, recipe != "bf16"}
         }
 
     if max_num_tokens is not None:
@@ -195,6 +195,8 @@ def kernel_specs(
             specs.append(KernelSpec("permute_rows"))
             if recipe == "fp8_block":
                 specs.append(kernels_quantize.block_spec("bfloat16", permuted=True))
+            if recipe == "fp8_tensor":
+                specs.append(kernels_quantize.tensor_spec("bfloat16", 1, permuted=True))
     return list(dict.fromkeys(specs))
 
 

@@ -4,13 +4,11 @@
 //
 // Grid      num_tokens * num_pieces, the pieces of a token next to each other.
 // Block     128 threads, kVectors vectors of 16 bytes each; that of a token's first piece has its scales, too.
-// smem      row (64,) int32: the token's columns, at most 32 + 32 shared.
-#include "ptx.cuh"
+#include "raw.cuh"
 
 using namespace cumoe;
 
 constexpr int kThreads = 128, kVectors = 4;
-constexpr int kMaxColumns = 64;
 
 struct Params {
   const uint8_t* a;             // (num_tokens, row_bytes)
@@ -28,12 +26,12 @@ struct Params {
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     permute_rows(const __grid_constant__ Params p) {
-  __shared__ int32_t row[kMaxColumns];
   const int64_t token = blockIdx.x / p.num_pieces;
   const int piece = static_cast<int>(blockIdx.x % p.num_pieces);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  if (threadIdx.x < p.columns) row[threadIdx.x] = p.permuted_idx[token * p.columns + threadIdx.x];
+  Destinations<true> to;
+  to.begin(p.permuted_idx, token, p.columns);
   uint4 value[kVectors];
   const int first = (piece * kVectors * kThreads + static_cast<int>(threadIdx.x)) * 16;
 #pragma unroll
@@ -43,21 +41,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       value[i] = *reinterpret_cast<const uint4*>(p.a + token * p.row_bytes + at);
     }
   }
-  __syncthreads();
-  for (int k = 0; k < p.columns; ++k) {
-    if (row[k] < 0) continue;
-    uint8_t* out = p.out + static_cast<int64_t>(row[k]) * p.row_bytes;
+  to.each([&](int64_t row) {
+    uint8_t* out = p.out + row * p.row_bytes;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int at = first + i * kThreads * 16;
       if (at < p.row_bytes) *reinterpret_cast<uint4*>(out + at) = value[i];
     }
-  }
+  });
   if (piece > 0) return;
   for (int block = threadIdx.x; block < p.num_blocks; block += kThreads) {
     const float scale = p.a_scale[token * p.a_scale_row_stride + block * p.a_scale_block_stride];
-    for (int k = 0; k < p.columns; ++k) {
-      if (row[k] >= 0) p.out_scale[static_cast<int64_t>(row[k]) * p.num_blocks + block] = scale;
-    }
+    to.each([&](int64_t row) { p.out_scale[row * p.num_blocks + block] = scale; });
   }
 }

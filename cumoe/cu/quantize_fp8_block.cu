@@ -39,16 +39,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
 
+  Destinations<PERMUTED> to;
+  to.begin(p.permuted_idx, row, valid > 0 ? p.slots : 0);
   Raw<INPUT_TYPE, kColumns> raw;
   raw.load(p.x, row * p.num_columns + column, valid);
   float y[kColumns];
   raw.widen(y);
   const float scale = divide_by_scale(y, lanes_max<kLanes>(amax_of(y)));
   if (valid == 0) return;
-  for (int slot = 0; slot < (PERMUTED ? p.slots : 1); ++slot) {
-    const int64_t to = PERMUTED ? p.permuted_idx[row * p.slots + slot] : row;
-    if (PERMUTED && to < 0) continue;
-    store_e4m3_16(p.values + to * p.num_columns + column, y, valid, p.num_columns % 16 == 0);
-    if (lane == 0) p.scale[to * p.scale_row_stride + block * p.scale_block_stride] = scale;
-  }
+  const uint4 q = e4m3x16_from_f32(y);
+  to.each([&](int64_t to_row) {
+    store_bytes_16(p.values + to_row * p.num_columns + column, q, valid, p.num_columns % 16 == 0);
+    if (lane == 0) p.scale[to_row * p.scale_row_stride + block * p.scale_block_stride] = scale;
+  });
 }

@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const float reciprocal = ue8m0_reciprocal(scale);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) y[i] = __fmul_rn(y[i], reciprocal);
-  store_e4m3_16(p.values + row * p.num_columns + column, y, valid, true);
+  store_bytes_16(p.values + row * p.num_columns + column, e4m3x16_from_f32(y), valid, true);
   uint32_t scales = valid ? scale << lane / kGroupLanes * 8 : 0;
   scales |= __shfl_xor_sync(kFullMask, scales, kGroupLanes);
   scales |= __shfl_xor_sync(kFullMask, scales, 2 * kGroupLanes);

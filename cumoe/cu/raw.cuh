@@ -87,23 +87,67 @@ __device__ __forceinline__ float lanes_max(float v) {
   return v;
 }
 
-/// Rounds 16 values to e4m3 and stores the first `valid`, 0, 8 or 16. The address is aligned to 16 bytes
-/// with `aligned`, else to 8.
-__device__ __forceinline__ void store_e4m3_16(uint8_t* to, const float (&y)[16], int valid,
-                                              bool aligned) {
+/// Rounds 16 values to e4m3.
+__device__ __forceinline__ uint4 e4m3x16_from_f32(const float (&y)[16]) {
   uint32_t w[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     w[i] = e4m3x2_from_f32(y[4 * i], y[4 * i + 1]) | e4m3x2_from_f32(y[4 * i + 2], y[4 * i + 3])
                                                          << 16;
   }
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+/// Stores the first `valid` of 16 bytes: 0, 8 or 16. The address is aligned to 16 with `aligned`, else to 8.
+__device__ __forceinline__ void store_bytes_16(uint8_t* to, const uint4& v, int valid,
+                                               bool aligned) {
   if (aligned && valid == 16) {
-    *reinterpret_cast<uint4*>(to) = make_uint4(w[0], w[1], w[2], w[3]);
+    *reinterpret_cast<uint4*>(to) = v;
     return;
   }
-  if (valid > 0) *reinterpret_cast<uint2*>(to) = make_uint2(w[0], w[1]);
-  if (valid > 8) *reinterpret_cast<uint2*>(to + 8) = make_uint2(w[2], w[3]);
+  if (valid > 0) *reinterpret_cast<uint2*>(to) = make_uint2(v.x, v.y);
+  if (valid > 8) *reinterpret_cast<uint2*>(to + 8) = make_uint2(v.z, v.w);
 }
+
+/// The rows of a result that one row goes to: itself or, with kPermuted, those of a permutation that are its own.
+template <bool kPermuted>
+class Destinations {
+ public:
+  /// Of a row with `slots` in permuted_idx, or of none with 0: loads the first, before it is needed.
+  __device__ __forceinline__ void begin(const int32_t* permuted_idx, int64_t row, int slots) {
+    index_ = permuted_idx + row * slots, slots_ = slots;
+    first_ = slots > 0 ? index_[0] : -1;
+  }
+
+  /// Calls `store` for each row.
+  template <typename Store>
+  __device__ __forceinline__ void each(const Store& store) const {
+    int64_t row = first_;
+    for (int slot = 1;; ++slot) {
+      if (row >= 0) store(row);
+      if (slot >= slots_) return;
+      row = index_[slot];
+    }
+  }
+
+ private:
+  const int32_t* index_;
+  int slots_, first_;
+};
+
+template <>
+class Destinations<false> {
+ public:
+  __device__ __forceinline__ void begin(const int32_t*, int64_t row, int) { row_ = row; }
+
+  template <typename Store>
+  __device__ __forceinline__ void each(const Store& store) const {
+    store(row_);
+  }
+
+ private:
+  int64_t row_;
+};
 
 /// Valid elements among 16 from `column` on.
 __device__ __forceinline__ int valid_of_16(int64_t column, int64_t num_columns) {

@@ -20,7 +20,8 @@
 //           announced[i]  the TMA loader, and in a cluster the item's bytes from the first block; all warps wait
 //           seen[i]     all warps of all blocks, in the first block; that loader waits
 //           staged, drained[group][c]  a chunk of finished rows, between a consumer and its writer
-// From -D   GATED ACTIVATED (the epilogue is the activation; always with GATED) GATHER BLOCK_N NUM_STAGES NUM_CHUNKS CLUSTER
+// From -D   GATED ACTIVATED (the epilogue is the activation; always with GATED) GATHER BLOCK_N NUM_STAGES LOAD_STAGES
+//           NUM_CHUNKS CLUSTER
 #pragma once
 
 #ifndef WHOLE_BLOCKS
@@ -78,6 +79,7 @@ constexpr bool kWriters = !GATHER;          // warps 1 and 2 write finished rows
 constexpr int kColumns = WHOLE_BLOCKS ? 88 : BLOCK_N;
 constexpr int kChunkTokens = WHOLE_BLOCKS ? 64 : 32, kChunkBytes = kChunkTokens * 128;
 
+static_assert(LOAD_STAGES < NUM_STAGES, "a consumer has one stage while it waits for the next");
 static_assert(ACTIVATED || !GATED, "gate and up come together in the activation");
 static_assert(CLUSTER == 1 || CLUSTER == 2, "a block loads both weight halves or one");
 static_assert(BLOCK_N % kBoxRows == 0, "whole boxes of tokens");
@@ -267,9 +269,24 @@ __device__ __forceinline__ void arrive_warp(uint64_t& barrier, int lane) {
   if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&barrier));
 }
 
-/// One thread: both weight halves of every stage, and the tokens where they lie in a row. That of a
-/// cluster's first block takes the items from the queue, so late that tiles begin in its order even after
-/// ones that took longer, in steps that leave each answer the time to come.
+/// Calls a function with each step from `first` on that is loaded together, and its place in the ring; returns the
+/// place behind them.
+template <typename Load>
+__device__ __forceinline__ StageRing each_load(StageRing at, int first, int stages,
+                                               const Load& load) {
+#pragma unroll
+  for (int i = 0; i < LOAD_STAGES; ++i) {
+    if (first + i >= stages) break;
+    load(first + i, at);
+    at.advance();
+  }
+  return at;
+}
+
+/// One thread: both weight halves of every stage, and the tokens where they lie in a row; LOAD_STAGES stages at
+/// a time, whose bytes of a weight row are neighbours in memory. That of a cluster's first block takes the
+/// items from the queue, so late that tiles begin in its order even after ones that took longer, in steps that
+/// leave each answer the time to come.
 __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const Work& work) {
   StageRing ring;
   Ring<2> queue;
@@ -280,44 +297,52 @@ __device__ __forceinline__ void load_by_tma(const Params& p, Shared& smem, const
     const Tile tile(p, items.item, work.rank);
     const int boxes = GATHER ? 0 : ceil_div(tile.rows, kBoxRows);
     const int stages = tile.stages(work.steps);
-    for (int step = 0; step < stages; ++step, ring.advance()) {
-      const uint32_t full = ptx::smem_address(&smem.full[ring.slot]);
-      const uint32_t stage = ptx::smem_address(smem.stages[ring.slot]);
-      ring.wait(smem.empty, ring.phase ^ 1);
-      smem.tiles[ring.slot] = make_int4(tile.expert, tile.row0, tile.rows, tile.column_tile);
-      ptx::mbarrier_arrive_expect_tx(full, 2 * kHalfBytes + boxes * kBoxRows * 128);
-      const int k = p.block_major ? 0 : step * 128, block = p.block_major ? step : 0;
+    for (int first = 0; first < stages; first += LOAD_STAGES) {
+      each_load(ring, first, stages, [&](int, const StageRing& at) {
+        at.wait(smem.empty, at.phase ^ 1);
+        smem.tiles[at.slot] = make_int4(tile.expert, tile.row0, tile.rows, tile.column_tile);
+        ptx::mbarrier_arrive_expect_tx(ptx::smem_address(&smem.full[at.slot]),
+                                       2 * kHalfBytes + boxes * kBoxRows * 128);
+      });
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = GATED ? tile.column_tile * 128 : tile.column_tile * 256 + h * 128;
         const int half = GATED ? p.first_half ^ h : 0;
-        const uint32_t to = stage + h * kHalfBytes;
-        if (!tile.shares) {
-          ptx::tma_load_5d(to, &p.w_map, full, k, block, row, half, tile.expert);
-        } else if (h == work.rank) {
-          ptx::tma_load_5d_multicast(to, &p.w_map, full, 0x3, k, block, row, half, tile.expert);
-        }
+        each_load(ring, first, stages, [&](int step, const StageRing& at) {
+          const uint32_t full = ptx::smem_address(&smem.full[at.slot]);
+          const uint32_t to = ptx::smem_address(smem.stages[at.slot]) + h * kHalfBytes;
+          const int k = p.block_major ? 0 : step * 128, block = p.block_major ? step : 0;
+          if (!tile.shares) {
+            ptx::tma_load_5d(to, &p.w_map, full, k, block, row, half, tile.expert);
+          } else if (h == work.rank) {
+            ptx::tma_load_5d_multicast(to, &p.w_map, full, 0x3, k, block, row, half, tile.expert);
+          }
+        });
       }
+      ring = each_load(ring, first, stages, [&](int step, const StageRing& at) {
+        const uint32_t full = ptx::smem_address(&smem.full[at.slot]);
+        const uint32_t tokens = ptx::smem_address(smem.stages[at.slot]) + 2 * kHalfBytes;
 #pragma unroll
-      for (int box = 0; box < kBoxes; ++box) {
-        if (box >= boxes) break;
-        const uint32_t to = stage + 2 * kHalfBytes + box * kBoxRows * 128;
-        const int row = tile.row0 + box * kBoxRows;
-        if (CLUSTER == 1 || tile.shares) {
-          ptx::tma_load_2d(to, &p.a_map, full, step * 128, row);
-        } else if ((boxes > 1 ? box : step % 2) == work.rank) {
-          ptx::tma_load_2d_multicast(to, &p.a_map, full, 0x3, step * 128, row);
-        }
-      }
-      if (work.rank == 0) {
-        if (step == stages * 5 / 8) next = clusters + atomicAdd(p.queue, 1);
-        if (step == stages * 6 / 8) {
-          while (CLUSTER > 1 && next < work.count && Tile(p, next, 0).column_tile < 0) {
-            next = clusters + atomicAdd(p.queue, 1);
+        for (int box = 0; box < kBoxes; ++box) {
+          if (box >= boxes) break;
+          const uint32_t to = tokens + box * kBoxRows * 128;
+          const int row = tile.row0 + box * kBoxRows;
+          if (CLUSTER == 1 || tile.shares) {
+            ptx::tma_load_2d(to, &p.a_map, full, step * 128, row);
+          } else if ((boxes > 1 ? box : step % 2) == work.rank) {
+            ptx::tma_load_2d_multicast(to, &p.a_map, full, 0x3, step * 128, row);
           }
         }
-      }
-      if (step == stages * 7 / 8) announce(smem, queue, work, next);
+        if (work.rank == 0) {
+          if (step == stages * 5 / 8) next = clusters + atomicAdd(p.queue, 1);
+          if (step == stages * 6 / 8) {
+            while (CLUSTER > 1 && next < work.count && Tile(p, next, 0).column_tile < 0) {
+              next = clusters + atomicAdd(p.queue, 1);
+            }
+          }
+        }
+        if (step == stages * 7 / 8) announce(smem, queue, work, next);
+      });
     }
   }
   // The last cluster leaves the queue as it was found.

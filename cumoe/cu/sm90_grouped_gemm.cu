@@ -25,7 +25,7 @@ constexpr int kRowElemBytes = kFp8Rows ? 1 : 2;
 
 static_assert(BLOCK_N % 8 == 0 && BLOCK_N >= 8 && BLOCK_N <= 176, "n of the wgmma, in registers");
 static_assert(TYPE == kBf16 || TYPE == kE4m3Tensor, "operands without scales of blocks");
-static_assert(!kWeighted || (kFp8Rows && GATHER), "a token's weight comes before the activation");
+static_assert(!kWeighted || kFp8Rows, "a token's weight comes before the activation");
 
 /// What the sums of an expert are multiplied by: of each part, gate and up with GATED.
 __device__ __forceinline__ float2 scale_of_parts(const Params& p, int expert) {

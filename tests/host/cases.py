@@ -7,6 +7,7 @@ are small and awkward.
 
 from __future__ import annotations
 
+from cumoe.arrays import FP8
 from tests.host.activation_cases import ACTIVATION_CASES
 from tests.host.allreduce_cases import ALLREDUCE_CASES, TWO_SHOT_CASES
 from tests.host.checks import BF16, F16, F32, Case, Host, check
@@ -16,6 +17,7 @@ from tests.host.gemm_cases import (
     GEMM90_FP8_CASES,
     GEMM_CASES,
 )
+from tests.host.gemm_pairs_cases import pairs_cases
 from tests.host.gemm_rows_cases import GEMM90_FP8_ROWS_CASES
 from tests.host.permute_rows_cases import PERMUTE_ROWS_CASES
 from tests.host.quantize_cases import QUANTIZE_CASES
@@ -35,8 +37,8 @@ CASES: dict[str, list[Case]] = {
     "allreduce_one_shot": ALLREDUCE_CASES,
     "allreduce_two_shot": TWO_SHOT_CASES,
     "sm80_grouped_gemm": GEMM_CASES,
-    "sm90_fp8_grouped_gemm": GEMM90_FP8_CASES,
+    "sm90_fp8_grouped_gemm": [*GEMM90_FP8_CASES, *pairs_cases(FP8, 1)],
     "sm90_fp8_rows_grouped_gemm": GEMM90_FP8_ROWS_CASES,
-    "sm90_grouped_gemm": GEMM90_CASES,
+    "sm90_grouped_gemm": [*GEMM90_CASES, *pairs_cases(BF16, 2)],
 }
 """Kernel to cases; routing_count and permute_place run one after the other in each of theirs."""

@@ -74,7 +74,7 @@ def run_layer(
         mock.patch("cumoe.plan.get_device", lambda ordinal: device),
         mock.patch("cumoe.grouped_gemm.get_device", lambda ordinal: device),
         mock.patch("cumoe.kernels_sm90.encode_tiled", encode_tiled),
-        mock.patch("cumoe.layer_call.copies_rows", lambda *_: copies),
+        mock.patch("cumoe.layer_call.orders_rows", lambda *_: copies),
     ):
         plan = DevicePlan(spec, call, _Workspace(host))  # type: ignore[arg-type]
     launches = [launch for stage in plan.stages.values() for launch in stage]
@@ -85,8 +85,8 @@ def run_layer(
     gemm = hopper if spec.runs_sm90(arch) else "sm80_grouped_gemm"
     assert {name for launch in launches if "gemm" in (name := launch.spec.name)} == {gemm}
     first = copies and arch == "sm_90a"
-    quantizes = weights.recipe == "fp8_block" and call.x_scale is None
-    kind = "quantize_fp8_block" if quantizes else "permute_rows"
+    quantizes = weights.recipe != "bf16" and call.x_scale is None
+    kind = f"quantize_{weights.recipe}" if quantizes else "permute_rows"
     orders = [s for launch in launches if (s := launch.spec).name == kind]
     assert first == any(dict(spec.defines).get("PERMUTED", 1) for spec in orders)
     host.run(*launches)
@@ -256,6 +256,21 @@ LAYER_CASES = [
         _layer(
             _Shape(300, 272, 144, "fp8_block", "gate_up_interleaved", copies=True),
             Routing("renormalize", 3, 2),
+        ),
+    ),
+    Case(
+        "fp8 tensor tokens in order first",
+        _layer(
+            _Shape(300, 272, 144, "fp8_tensor", "gate_up_interleaved", copies=True),
+            Routing("renormalize", 3, 2),
+        ),
+    ),
+    Case(
+        "fp8 tensor tokens in order first, weights on input, shard",
+        _layer(
+            _Shape(40, 144, 112, "fp8_tensor", copies=True),
+            Routing("llama4", 9, 1, num_shared_experts=1, weights_on_input=True),
+            ExpertShard.from_counts([4, 3, 2], 1),
         ),
     ),
     Case("bf16 given ids", _given(_Shape(17, 72, 64), 3, 6, False)),

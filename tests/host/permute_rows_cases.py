@@ -31,7 +31,7 @@ def _permute_rows(
             out_scale = host.empty((count + 5, blocks), F32)
             expected_scale = out_scale.copy()
             expected_scale[index[tokens, slots]] = values[tokens]
-        host.run(kernels.permute_rows(a, scale, host.arena.array(index), out, out_scale))
+        host.run(kernels.permute_rows(a, host.arena.array(index), out, scale, out_scale))
         assert (out == expected).all(), "out"
         if out_scale is not None:
             same = out_scale.view(np.uint32) == expected_scale.view(np.uint32)
@@ -46,7 +46,7 @@ def _far(host: Host) -> None:
     held = np.array([0, (1 << 19) + 3, (1 << 20) + 5, (1 << 20) - 1], np.int32)
     out = virtual(((1 << 20) + 6, hidden), BF16)
     a = host.normal((2, hidden), BF16)
-    host.run(kernels.permute_rows(a, None, host.arena.array(held.reshape(2, 2)), out, None))
+    host.run(kernels.permute_rows(a, host.arena.array(held.reshape(2, 2)), out))
     assert (out[held].view(np.uint16) == a[[0, 0, 1, 1]].view(np.uint16)).all(), "out"
 
 

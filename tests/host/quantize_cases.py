@@ -96,14 +96,20 @@ def _rows(x: Array) -> Iterator[int]:
     yield from (1, kernels_quantize.UNIT_ROWS[x.dtype.itemsize])
 
 
+def _permuted_idx(host: Host, num_rows: int, slots: int) -> tuple[Array, int]:
+    """Return rows for two thirds of the slots, none for the others, and how many rows there are."""
+    held = num_rows * slots
+    index = host.rng.permutation(held + 5)[:held].reshape(num_rows, slots).astype(np.int32)
+    index[host.rng.random(index.shape) < 1 / 3] = -1
+    return host.arena.array(index), held + 5
+
+
 def _quantize_permuted(slots: int, dtype: str, columns: int) -> Callable[[Host], None]:
-    """Rows go to those of a permutation, which has others too; a third of the slots have none."""
+    """Rows go to those of a permutation, which has others too."""
 
     def check(host: Host) -> None:
         x = _wild(host, (7, columns), dtype)
-        num_rows = 7 * slots + 5
-        index = host.rng.permutation(num_rows)[: 7 * slots].reshape(7, slots).astype(np.int32)
-        index[host.rng.random(index.shape) < 1 / 3] = -1
+        index, num_rows = _permuted_idx(host, 7, slots)
         values = host.empty((num_rows, columns), FP8)
         scale = host.empty((num_rows, kernels.blocks(columns)), F32)
         want_values, want_scale = values.copy(), scale.copy()
@@ -111,8 +117,7 @@ def _quantize_permuted(slots: int, dtype: str, columns: int) -> Callable[[Host],
         for row, to in enumerate(index):
             want_values[to[to >= 0]] = expected.values[row]
             want_scale[to[to >= 0]] = expected.scale[row]
-        permuted_idx = host.arena.array(index)
-        host.run(kernels_quantize.quantize_fp8_block(x, values, scale, permuted_idx))
+        host.run(kernels_quantize.quantize_fp8_block(x, values, scale, index))
         same_bits("scale", scale, want_scale)
         same_bits("values", values, want_values)
 
@@ -157,6 +162,23 @@ def _quantize_token(shape: tuple[int, int], dtype: str, fill: Fill = _wild) -> A
         expected = quantize.quantize_fp8_token(x)
         same_bits("scale", scale, expected.scale)
         same_bits("values", values, expected.values)
+
+    return check
+
+
+def _quantize_tensor_permuted(slots: int, dtype: str, columns: int) -> Callable[[Host], None]:
+    """Rows go to those of a permutation, as in `_quantize_permuted`, by a given scale."""
+
+    def check(host: Host) -> None:
+        x = _wild(host, (7, columns), dtype)
+        index, num_rows = _permuted_idx(host, 7, slots)
+        values = host.empty((num_rows, columns), FP8)
+        scale = host.arena.array(np.full(1, 0.02, F32))
+        want = values.copy()
+        for row, to in enumerate(index):
+            want[to[to >= 0]] = quantize.quantize_fp8_tensor(x, scale).values[row]
+        host.run(kernels_quantize.quantize_fp8_tensor(x, values, scale, None, index))
+        same_bits("values", values, want)
 
     return check
 
@@ -301,6 +323,18 @@ def _far_block(host: Host) -> None:
     same_bits("values", values[:, :128], expected.values)
 
 
+def _far_tensor(host: Host) -> None:
+    """Rows of a permutation whose bytes begin past 2^31 and past 2^32."""
+    held = np.array([[0, (1 << 20) + 3], [(1 << 21) + 5, (1 << 21) - 1]], np.int32)
+    values, scale = virtual(((1 << 21) + 6, 1 << 11), FP8), host.arena.array(np.full(1, 0.02, F32))
+    x = host.normal((2, 1 << 11), BF16)
+    index = host.arena.array(held)
+    host.run(kernels_quantize.quantize_fp8_tensor(x, values, scale, None, index))
+    expected = quantize.quantize_fp8_tensor(x, scale).values
+    for row, to in enumerate(held):
+        same_bits("values", values[to], expected[[row, row]])
+
+
 def _far_token(host: Host) -> None:
     x, values, small = _far(host, 65536)
     scale = host.empty((FAR[0], 1), F32)
@@ -368,6 +402,9 @@ QUANTIZE_CASES: dict[str, list[Case]] = {
         Case("ties", _quantize_tensor((1, 1000), F32, _e4m3_ties)),
         Case("tiny", _quantize_tensor((3, 264), F32, _scaled(-120))),
         Case("huge", _quantize_tensor((3, 264), F32, _scaled(124))),
+        Case("permuted", _quantize_tensor_permuted(3, BF16, 400)),
+        Case("permuted, one slot, tails", _quantize_tensor_permuted(1, F32, 136)),
+        Case("permuted, offsets past 2^32", _far_tensor),
         Case("given", _quantize_tensor((5, 264), BF16, _wild, scale=0.0123)),
         Case("given, tiny", _quantize_tensor((5, 264), F32, _extreme, scale=1e-42)),
         Case("given, small", _quantize_tensor((5, 264), F32, _extreme, scale=3e-25)),

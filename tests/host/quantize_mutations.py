@@ -19,10 +19,25 @@ QUANTIZE_MUTATIONS = {
         case="offsets past 2^32",
     ),
     "block: slots without a row": Mutation(
-        "quantize_fp8_block.cu", "if (PERMUTED && to < 0) continue;", "", case="permuted"
+        "raw.cuh", "if (row >= 0) store(row);", "store(row);", "quantize_fp8_block",
+        case="permuted",
     ),
     "block: slots": Mutation(
-        "quantize_fp8_block.cu", "row * p.slots + slot", "row * p.slots", case="permuted"
+        "raw.cuh", "row = index_[slot];", "row = index_[0];", "quantize_fp8_block",
+        case="permuted",
+    ),
+    "tensor: rows of a permutation": Mutation(
+        "quantize_fp8_tensor.cu", "row = PERMUTED ? static_cast<unsigned>(unit) / of_row : 0;",
+        "row = 0;", case="permuted",
+    ),
+    "tensor: rows of eight bytes": Mutation(
+        "quantize_fp8_tensor.cu", "!PERMUTED || p.num_columns % kElems == 0", "true",
+        case="permuted, one slot, tails",
+    ),
+    "tensor: 32-bit offsets": Mutation(
+        "quantize_fp8_tensor.cu", "p.values + row * p.num_columns",
+        "p.values + (int)(row * p.num_columns)",
+        case="permuted, offsets past 2^32",
     ),
     "token: barrier": Mutation("quantize_fp8_token.cu", BARRIER, "", case="float32"),
     "token: rows": Mutation(
