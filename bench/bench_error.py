@@ -35,6 +35,7 @@ from bench.record import REPO, Row, check_row, write_results
 from bench.shapes import ModelShape, Recipe
 from cumoe import Activation, ExpertWeights, MoELayer, TopK
 from cumoe.config import Array
+from cumoe.layouts import to_major_k
 
 ARGUMENTS = CaseArguments(
     "bench.bench_error",
@@ -143,11 +144,7 @@ class Matrices:
 
     def _rows(self, payload: Array) -> Array:
         """Return an expert's matrix row after row, whatever its layout."""
-        if self._weights.layout == "major_k":
-            return payload
-        words = payload.view(np.uint8 if payload.dtype.itemsize == 1 else np.uint16)
-        rows = self._xp.ascontiguousarray(words.transpose(1, 0, 2))
-        return rows.reshape(rows.shape[0], -1).view(payload.dtype)
+        return payload if self._weights.layout == "major_k" else to_major_k(payload[None])[0]
 
     def _values(self, payload: Array) -> Float32:
         return self._table.take(payload.view(np.uint8))
